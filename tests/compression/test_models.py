@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from toolkit.compression import models, sources
+from toolkit.config import Model
+from toolkit.errors import UsageError
+
+FACTORY = """\
+import torch
+from helper import WIDTH
+def build(num_classes): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, num_classes))
+def plain(): return torch.nn.Identity()
+def fails(num_classes): raise RuntimeError("no luck")
+def number(num_classes): return 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine.py").write_text(FACTORY)
+    (tmp_path / "helper.py").write_text("WIDTH = 1\n")
+    (tmp_path / "broken.py").write_text("import does_not_exist\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("mine", "helper", "broken"):
+        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    return tmp_path
+
+
+def test_resnet20_is_the_published_one() -> None:
+    network = models.build(Model.parse("resnet20"), 10, seed=1)
+    assert models.parameters(network) == 269_722
+    models.check(network, "resnet20", 32, 10)
+
+
+def test_equal_seeds_give_equal_weights() -> None:
+    first, second, other = (models.build(Model.parse("resnet20"), 10, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_torchvision_with_its_head_fitted() -> None:
+    network = models.build(Model.parse("torchvision:mobilenet_v3_small"), 7, seed=0)
+    models.check(network, "mobilenet_v3_small", 32, 7)
+
+
+def test_torchvision_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="resnet17") as error:
+        models.build(Model.parse("torchvision:resnet17"), 7, seed=0)
+    assert "resnet18" in str(error.value.hint)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_factory_of_the_users() -> None:
+    network = models.build(Model.parse("mine:build"), 5, seed=0)
+    models.check(network, "mine:build", 8, 5)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken:build", "does not import: ModuleNotFoundError"),
+        ("mine:biuld", "has no function 'biuld'"),
+        ("mine:fails", "failed: RuntimeError: no luck"),
+        ("mine:number", "returned int, not a torch.nn.Module"),
+    ],
+)
+def test_what_is_wrong_with_a_factory(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        models.build(Model.parse(name), 5, seed=0)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_network_that_does_not_fit_the_data() -> None:
+    with pytest.raises(UsageError, match="does not accept images of 3×16×16"):
+        models.check(models.build(Model.parse("mine:build"), 5, seed=0), "mine:build", 16, 5)
+    with pytest.raises(UsageError, match="instead of \\(2, 5\\)"):
+        models.check(models.build(Model.parse("mine:plain"), 5, seed=0), "mine:plain", 8, 5)
+
+
+def test_a_factory_is_identified_by_its_code_and_what_it_imports(here: Path) -> None:
+    model = Model.parse("mine:build")
+    before = sources.identify(model)
+    assert sources.identify(model) == before
+    (here / "helper.py").write_text("WIDTH = 2\n")
+    assert sources.identify(model) != before
+    with pytest.raises(UsageError, match="'nowhere' cannot be found"):
+        sources.identify(Model.parse("nowhere:build"))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "state_dict", "wrapped", "parallel"])
+def test_weights(tmp_path: Path, form: str) -> None:
+    trained = models.build(Model.parse("resnet20"), 4, seed=7).state_dict()
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
+    if form == "safetensors":
+        save_file(trained, path)
+    elif form == "parallel":
+        torch.save({f"module.{key}": value for key, value in trained.items()}, path)
+    else:
+        torch.save({"state_dict": trained} if form == "wrapped" else trained, path)
+    loaded = models.build(Model.parse("resnet20", str(path)), 4, seed=1).state_dict()
+    assert all(torch.equal(loaded[key], trained[key]) for key in trained)
+
+
+def test_a_checkpoint_that_does_not_fit_is_explained(tmp_path: Path) -> None:
+    torch.save(models.build(Model.parse("resnet20"), 4, seed=7).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(UsageError, match=r"'fc.weight' is \(4, 64\) instead of \(10, 64\)"):
+        models.build(Model.parse("resnet20", str(tmp_path / "w.pt")), 10, seed=1)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
+    torch.save(models.build(Model.parse("resnet20"), 4, seed=7), tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="cannot be read"):
+        models.build(Model.parse("resnet20", str(tmp_path / "w.pt")), 4, seed=1)
+
+
+def test_a_missing_checkpoint() -> None:
+    with pytest.raises(UsageError, match="is not a file"):
+        Model.parse("resnet20", "nowhere.pt")

@@ -1,0 +1,88 @@
+"""What the tests share: a small job in a folder of its own, and the command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TARGET = "description: a small job\nprofile: tiny\nruntime: onnxruntime\n"
+PROFILE = """\
+flops: 80%
+channel_divisor: 16
+recipe: {epochs: 3, finetune_epochs: 2, batch: 32, train_images: 320, search_images: 64, flip: false, crop: 2}
+benchmark: {warmup: 20 ms, duration: 100 ms, queries: 400, batches: [1, 4]}
+contract: {latency_p99: 1 s, max_accuracy_drop: 100 %, engine_size: 50 MB}
+"""
+
+Toolkit = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def write_job(folder: Path, profile: str = PROFILE, target: str = TARGET) -> Path:
+    """Lay a small job's target and profile into a folder."""
+    for kind, text in (("targets", target), ("profiles", profile)):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        (folder / kind / "tiny.yaml").write_text(text)
+    return folder
+
+
+def run_toolkit(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "toolkit", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=options.pop("timeout", 400),
+        env=os.environ | options.pop("env", {}),
+        **options,
+    )
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    return write_job(tmp_path)
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Toolkit:
+    return lambda *arguments, **options: run_toolkit(tmp_path, *arguments, **options)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A small job that was run to its end, and its document; tests only read it."""
+    folder = write_job(tmp_path_factory.mktemp("finished"))
+    result = run_toolkit(folder, "run", "tiny", "--json", "--precision", "int8")
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads(result.stdout)
+
+
+@pytest.fixture
+def finished_copy(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A copy of the finished job that a test may change."""
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder, symlinks=True)
+    return folder
+
+
+def image_folder(root: Path, counts: dict[str, dict[str, int]], size: int = 20) -> Path:
+    """Write an image folder: split → class → number of images; a class is a brightness."""
+    random = np.random.default_rng(0)
+    for split, classes in counts.items():
+        for level, (name, count) in enumerate(sorted(classes.items())):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 60, (size, size + index % 3, 3)) + 60 * level
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{index}.png")
+    return root

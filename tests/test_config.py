@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+
+from toolkit import config
+from toolkit.errors import UsageError
+
+
+@pytest.mark.parametrize("kind", ["profiles", "targets"])
+def test_every_shipped_file_is_valid(kind: str) -> None:
+    names = config.names(kind)
+    assert set(names) >= {"a100", "t4", "jetson-orin", "jetson-orin-nano", "jetson-thor", "host-cpu"}
+    for name in names:
+        if kind == "profiles":
+            config.load_profile(name)
+        else:
+            config.load_profile(config.load_target(name).profile)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flops: 60%\nflopps: 1\n", ":2: unknown key 'flopps'; did you mean 'flops'?"),
+        ("flops: 60%\ncontract:\n  latency_p9: 2 ms\n", ":3: unknown key 'contract.latency_p9'; did you mean"),
+        ("flops: 60%\ncontract:\n  latency_p99: 2\n", ":3: contract.latency_p99: 2 has no unit"),
+        ("flops: 60%\ncontract:\n  latency_p99: 2 MB\n", ":3: contract.latency_p99: unit 'MB' is not known here"),
+        ("flops: lots\n", ":1: flops: 'lots' is not a number"),
+        ("flops: 60%\nrecipe:\n  epochs: twelve\n", ":3: recipe.epochs: input should be a valid integer"),
+        ("flops: 60%\nprecision: fp8\n", ":2: precision: input should be 'fp32', 'fp16' or 'int8'"),
+        ("precision: fp32\n", ":1: the key 'flops' is missing"),
+        ("flops: 60%\nflops: 50%\n", ":2: 'flops' stands here a second time"),
+        ("flops: [60%\n", ":2: "),
+        ("- a\n- b\n", ":1: a table of keys is expected"),
+        ("name: x\nflops: 60%\n", ":1: 'name' is the file's own name"),
+        ("flops: 60%\nrecipes: {digits: {epoch: 2}}\n", "a recipe has no key 'epoch'; did you mean 'epochs'?"),
+        ("flops: 60%\nrecipes: {digit: {epochs: 2}}\n", "no data set is called 'digit'; did you mean 'digits'?"),
+        ("flops: 60%\nbenchmark:\n  batches: [1, 0]\n", ":3: benchmark.batches.1"),
+    ],
+)
+def test_what_is_wrong_in_a_profile_is_named_with_file_and_line(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        config.read_file(config.Profile, path)
+    assert error.value.message.startswith(str(path))
+    assert expected in error.value.message
+    assert error.value.hint
+
+
+def test_the_working_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "t4.yaml").write_text("flops: 12%\n")
+    monkeypatch.chdir(tmp_path)
+    assert str(config.load_profile("t4").flops) == "12%"
+
+
+def test_a_profile_survives_being_shown_and_read_again(tmp_path: Path) -> None:
+    import yaml
+
+    before = config.load_profile("jetson-orin")
+    path = tmp_path / "jetson-orin.yaml"
+    path.write_text(yaml.safe_dump(before.model_dump(mode="json", exclude={"name"}, exclude_none=True)))
+    assert config.read_file(config.Profile, path) == before
+
+
+def test_recipes_are_layered_and_fast_only_lowers() -> None:
+    profile = config.Profile(name="x", flops="50%", recipes={"digits": {"epochs": 7, "flip": False}})
+    assert profile.recipe_for("cifar10", fast=False).epochs == 120
+    digits = profile.recipe_for("digits", fast=True)
+    assert (digits.epochs, digits.flip, digits.finetune_epochs, digits.train_images) == (7, False, 12, 12_000)
+
+
+@pytest.mark.parametrize("text", ["60M", "75%", "1.2G"])
+def test_budget_round_trip(text: str) -> None:
+    assert str(config.Flops.parse(text)) == text
+
+
+def test_budget_resolves() -> None:
+    assert config.Flops.parse("75%").resolve(80e6) == 60e6
+    assert config.Flops.parse("60M").resolve(80e6) == 60e6
+
+
+@pytest.mark.parametrize("text", ["resnet21", "torchvision:", "a b:c", "mod:"])
+def test_unknown_model(text: str) -> None:
+    with pytest.raises(UsageError, match="no model is called"):
+        config.Model.parse(text)
+
+
+@pytest.mark.parametrize("text", ["digit", "imagefolder", "imagefolder:", "cifar10:x"])
+def test_unknown_data(text: str) -> None:
+    with pytest.raises(UsageError, match="no data set is called"):
+        config.Data.parse(text)

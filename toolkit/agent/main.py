@@ -1,0 +1,57 @@
+"""Entry point: one verb, one request, one result."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any
+
+from . import facts, releases
+from .protocol import Refusal, emit, receive
+
+
+def _build(request: dict[str, Any]) -> dict[str, Any]:
+    from . import engine
+
+    return engine.build(request)
+
+
+def _bench(request: dict[str, Any]) -> dict[str, Any]:
+    from . import measure
+
+    return measure.bench(request)
+
+
+VERBS = {
+    "facts": facts.collect,
+    "build": _build,
+    "inventory": releases.inventory,
+    "install": releases.install,
+    "switch": releases.switch,
+    "bench": _bench,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run ``agent.pyz VERB`` with a request on standard input; 0 after a result, 1 after a refusal."""
+    if len(arguments) != 1 or arguments[0] not in VERBS:
+        print("usage: agent.pyz {}".format("|".join(VERBS)), file=sys.stderr)
+        return 2
+    try:
+        emit("result", value=VERBS[arguments[0]](receive()))
+    except Refusal as refusal:
+        emit("refusal", message=refusal.message, hint=refusal.hint)
+        return 1
+    except OSError as error:
+        where = error.filename or os.getcwd()
+        hint = "free space or change the permissions there"
+        emit("refusal", message="{}: {}".format(error.strerror or error, where), hint=hint)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # the host shows it as what it is: a bug, with its traceback
+        traceback.print_exc()
+        emit("failure", message="{}: {}".format(type(error).__name__, error))
+        return 1
+    return 0

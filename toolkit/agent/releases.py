@@ -1,0 +1,192 @@
+"""Releases on the device: content by hash, releases of hard links, `current` switched by one atomic rename.
+
+ROOT/incoming/<sha256>   what the host has sent and nobody has verified yet
+ROOT/store/<sha256>      verified content, once
+ROOT/releases/<id>/      hard links into the store, and manifest.json
+ROOT/current, previous   symlinks to a release
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from .protocol import Refusal
+
+
+def digest(path: str) -> str:
+    """Return a file's SHA-256 in hex."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            found.update(block)
+    return found.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(root: str) -> Iterator[None]:
+    """Hold the device's lock; it ends with the process, however that ends."""
+    os.makedirs(root, exist_ok=True)
+    with open(os.path.join(root, "lock"), "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _linked(root: str, name: str) -> str | None:
+    """Return the id that ``current`` or ``previous`` points to."""
+    try:
+        return os.path.basename(os.readlink(os.path.join(root, name)))
+    except OSError:
+        return None
+
+
+def _damaged(folder: str, manifest: dict[str, Any]) -> list[str]:
+    """Return the names of a release's files that are missing or not what the manifest says."""
+    bad = []
+    for name, entry in manifest["files"].items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path) or digest(path) != entry["sha256"]:
+            bad.append(name)
+    try:
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+            if json.load(file) != manifest:
+                bad.append("manifest.json")
+    except (OSError, ValueError):
+        bad.append("manifest.json")
+    return bad
+
+
+def inventory(request: dict[str, Any]) -> dict[str, Any]:
+    """Say what of a release is here, verified by hash.
+
+    Args:
+        request: ``root``, and ``manifest`` of the release in question.
+
+    Returns:
+        ``installed`` (whole and verified), ``damaged`` (files of it that are not what they should be),
+        ``missing`` (SHA-256 of content to send), ``current``, ``previous``, ``free_bytes``.
+    """
+    root, manifest = request["root"], request["manifest"]
+    for folder in ("incoming", "store", "releases"):
+        os.makedirs(os.path.join(root, folder), exist_ok=True)
+    folder = os.path.join(root, "releases", manifest["id"])
+    there = os.path.isdir(folder)
+    damaged = _damaged(folder, manifest) if there else []
+    missing = set()
+    if damaged or not there:
+        for entry in manifest["files"].values():
+            content = os.path.join(root, "store", entry["sha256"])
+            if not os.path.isfile(content) or digest(content) != entry["sha256"]:
+                missing.add(entry["sha256"])
+    return {
+        "installed": there and not damaged,
+        "damaged": damaged,
+        "missing": sorted(missing),
+        "current": _linked(root, "current"),
+        "previous": _linked(root, "previous"),
+        "free_bytes": shutil.disk_usage(root).free,
+    }
+
+
+def install(request: dict[str, Any]) -> dict[str, Any]:
+    """Verify what was sent and put the release together; it is not current by that.
+
+    Args:
+        request: ``root`` and ``manifest``.
+
+    Raises:
+        Refusal: A file that was sent is not what the manifest says.
+    """
+    root, manifest = request["root"], request["manifest"]
+    with locked(root):
+        for name, entry in sorted(manifest["files"].items()):
+            content = os.path.join(root, "store", entry["sha256"])
+            sent = os.path.join(root, "incoming", entry["sha256"])
+            if os.path.isfile(sent):
+                found = digest(sent)
+                if found != entry["sha256"]:
+                    os.unlink(sent)
+                    raise Refusal(
+                        "{} arrived damaged: its SHA-256 is {}".format(name, found), "run the same command again"
+                    )
+                _sync(sent)
+                os.replace(sent, content)
+            elif not os.path.isfile(content):
+                raise Refusal("{} was not sent".format(name), "run the same command again")
+        folder = os.path.join(root, "releases", manifest["id"])
+        staged = folder if os.path.isdir(folder) else folder + ".partial"
+        if staged != folder:
+            shutil.rmtree(staged, ignore_errors=True)
+            os.makedirs(staged)
+        for name, entry in manifest["files"].items():
+            path = os.path.join(staged, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + ".new")
+            os.link(os.path.join(root, "store", entry["sha256"]), path + ".new")
+            os.replace(path + ".new", path)
+        with open(os.path.join(staged, "manifest.json.new"), "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(os.path.join(staged, "manifest.json.new"), os.path.join(staged, "manifest.json"))
+        _sync(staged)
+        if staged != folder:
+            os.rename(staged, folder)
+        _sync(os.path.join(root, "releases"))
+    return {"id": manifest["id"]}
+
+
+def read_manifest(folder: str) -> dict[str, Any]:
+    """Return a release's manifest; refuses a folder that has none."""
+    try:
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError) as error:
+        raise Refusal("{} is not a release: {}".format(folder, error), "push it again") from error
+
+
+def switch(request: dict[str, Any]) -> dict[str, Any]:
+    """Make a release current; the one before stays as ``previous``.
+
+    Args:
+        request: ``root`` and ``id``.
+
+    Raises:
+        Refusal: The release is not here, or not whole.
+    """
+    root, wanted = request["root"], request["id"]
+    with locked(root):
+        folder = os.path.join(root, "releases", wanted)
+        damaged = _damaged(folder, read_manifest(folder))
+        if damaged:
+            raise Refusal("release {} is damaged: {}".format(wanted, ", ".join(damaged)), "push it again")
+        before = _linked(root, "current")
+        if before != wanted:
+            if before is not None:
+                _point(root, "previous", before)
+            _point(root, "current", wanted)
+    return {"current": wanted, "previous": _linked(root, "previous")}
+
+
+def _point(root: str, name: str, release: str) -> None:
+    temporary = os.path.join(root, ".{}.new".format(name))
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    os.symlink(os.path.join("releases", release), temporary)
+    os.replace(temporary, os.path.join(root, name))
+    _sync(root)

@@ -1,0 +1,118 @@
+"""The options that every run takes, and the job they describe."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from toolkit.pipeline import Job
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+RERUN = ("data", "check", "train", "prune", "finetune", "export", "quantize", "build", "bench", "report", "all")
+
+
+def complete(kind: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Return the completion of names of ``targets`` or ``profiles``."""
+
+    def names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from toolkit import config
+
+        return [CompletionItem(name) for name in config.names(kind) if name.startswith(incomplete)]
+
+    return names
+
+
+build_folder = click.option(
+    "--build",
+    "build_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="build",
+    envvar="TOOLKIT_BUILD",
+    show_default=True,
+    help="Folder for artifacts, runs and downloads.",
+)
+
+_OPTIONS = (
+    click.argument("target", shell_complete=complete("targets")),
+    click.option("--model", default="resnet20", show_default=True, metavar="MODEL",
+                 help="resnet20, torchvision:NAME or package.module:factory."),
+    click.option("--data", default="digits", show_default=True, metavar="DATA",
+                 help="digits, cifar10 or imagefolder:PATH."),
+    click.option("--weights", type=click.Path(), help="Start from this checkpoint (safetensors or state dict)."),
+    click.option("--profile", shell_complete=complete("profiles"), help="Profile instead of the target's own."),
+    click.option("--flops", metavar="BUDGET", help="FLOPs budget, as 60M or 75%."),
+    click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Precision of the engine."),
+    click.option("--host", help="Where the target is; the target file's host by default."),
+    click.option("--seed", type=click.IntRange(0, 2**31), default=123, show_default=True),
+    click.option("--fast", is_flag=True, help="A short recipe on part of the data; the result is marked."),
+    click.option("--allow-fast", is_flag=True, help="Let a fast run become the current release."),
+    click.option("--skip-bad-images", is_flag=True, help="Leave out files that are no image, and count them."),
+    click.option("--rerun", type=click.Choice(RERUN), is_flag=False, flag_value="all", multiple=True,
+                 help="Make a stage (all without a name) anew."),
+    build_folder,
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+    click.option("-v", "--verbose", count=True, help="Say more: commands (-v), libraries (-vv)."),
+    click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings, errors and the result."),
+)  # fmt: skip
+
+
+def run_options(function: _Function) -> _Function:
+    """Add the options that every run takes."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def job_from(
+    *,
+    target: str,
+    model: str,
+    data: str,
+    weights: str | None,
+    profile: str | None,
+    flops: str | None,
+    precision: str | None,
+    host: str | None,
+    seed: int,
+    fast: bool,
+    allow_fast: bool,
+    skip_bad_images: bool,
+    build_folder: Path,
+    verbose: int,
+    **_: Any,
+) -> Job:
+    """Return the job that the options describe; raises UsageError naming what is wrong."""
+    from typing import cast
+
+    from toolkit import config
+    from toolkit.errors import UsageError
+    from toolkit.pipeline import Job
+
+    logging.basicConfig(level=[logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)])
+    chosen = config.load_target(target)
+    if host is not None:
+        chosen = chosen.model_copy(update={"host": host})
+    settings = config.load_profile(profile or chosen.profile)
+    try:
+        budget = settings.flops if flops is None else config.Flops.parse(flops)
+    except ValueError as error:
+        raise UsageError(f"--flops: {error}", "write an amount (60M) or a share of the baseline (75%)") from None
+    return Job(
+        target=chosen,
+        profile=settings,
+        model=config.Model.parse(model, weights),
+        data=config.Data.parse(data, skip_bad_images=skip_bad_images),
+        precision=cast(config.Precision, precision or settings.precision),
+        budget=budget,
+        seed=seed,
+        fast=fast,
+        allow_fast=allow_fast,
+        build=build_folder,
+    )

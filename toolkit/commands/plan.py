@@ -1,0 +1,33 @@
+"""`toolkit plan`: what a run would do; changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from toolkit.commands.options import job_from, run_options
+
+
+@click.command()
+@run_options
+def plan(**options: Any) -> None:
+    """Show what a run for TARGET would do, what is already there, and what it would cost."""
+    from toolkit import runs, units
+    from toolkit.cli import print_json, tell
+
+    planned = runs.plan(job_from(**options), frozenset(options["rerun"]))
+    if options["as_json"]:
+        print_json(planned.document)
+    else:
+        for stage in planned.document["stages"]:
+            click.echo(f"{stage['name']:<9} {stage['text']}")
+        seconds = planned.document["seconds"]
+        pending = sum(not stage["cached"] for stage in planned.document["stages"])
+        known = "" if planned.document["complete"] else " for the stages that have been run before"
+        click.echo(
+            f"{pending} stages to run, about {units.duration(seconds)}{known}" if pending else "nothing to run"
+        )
+    if planned.error:
+        tell(planned.error)
+    raise click.exceptions.Exit(planned.exit_code)

@@ -1,0 +1,5 @@
+"""`toolkit profiles`."""
+
+from toolkit.commands.listing import group
+
+profiles = group("profiles")

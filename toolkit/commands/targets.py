@@ -1,0 +1,5 @@
+"""`toolkit targets`."""
+
+from toolkit.commands.listing import group
+
+targets = group("targets")

@@ -1,0 +1,86 @@
+"""What a model's definition and checkpoint consist of, found without importing PyTorch."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from toolkit.config import Model
+from toolkit.errors import UsageError
+from toolkit.store import canonical, sha256_file, sha256_text
+
+
+def identify(model: Model) -> dict[str, Any]:
+    """Return what identifies a model for an artifact's key: its name, its source files, its checkpoint.
+
+    A factory of the user's is identified by the content of its module and of every module that this imports
+    from the working folder.
+
+    Raises:
+        UsageError: The factory's module cannot be found.
+    """
+    found: dict[str, Any] = {"source": model.source, "name": model.name}
+    if model.weights is not None:
+        found["weights"] = sha256_file(Path(model.weights))
+    if model.source == "torchvision":
+        found["torchvision"] = importlib.metadata.version("torchvision")
+    if model.source == "factory":
+        module = model.name.partition(":")[0]
+        found["code"] = sha256_text(canonical([sha256_file(path) for path in _sources(module)]))
+    return found
+
+
+def _sources(module: str) -> list[Path]:
+    """Return the module's file and the files in the working folder that it imports, directly or not."""
+    here = Path.cwd()
+    if str(here) not in sys.path:
+        sys.path.insert(0, str(here))
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise UsageError(
+            f"the module '{module}' cannot be found from {here}",
+            "run where it can be imported, or install it",
+        )
+    first = Path(spec.origin).resolve()
+    seen = {first}
+    waiting = [first]
+    while waiting:
+        for path in _local_imports(waiting.pop(), here):
+            if path not in seen:
+                seen.add(path)
+                waiting.append(path)
+    return sorted(seen)
+
+
+def _local_imports(path: Path, root: Path) -> set[Path]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid Python: {error}", "correct it") from error
+    dotted: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            dotted |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = path.parent
+            for _ in range(node.level - 1):
+                base = base.parent
+            prefix = ""
+            if node.level and base.is_relative_to(root):
+                prefix = ".".join(base.relative_to(root).parts)
+            name = ".".join(part for part in (prefix, node.module or "") if part)
+            dotted |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
+    found = set()
+    for name in dotted:
+        stem = root.joinpath(*name.split("."))
+        for candidate in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if name and candidate.is_file():
+                found.add(candidate.resolve())
+    return found

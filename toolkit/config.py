@@ -1,0 +1,352 @@
+"""What a user writes: workload, profile with its contract, target. YAML in, checked objects out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
+
+from toolkit import units
+from toolkit.errors import UsageError
+
+Precision = Literal["fp32", "fp16", "int8"]
+RuntimeName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+
+
+def _read(table: dict[str, float]) -> BeforeValidator:
+    return BeforeValidator(lambda value: value if value is None else units.parse(value, table))
+
+
+def _write(unit: str, factor: float = 1) -> PlainSerializer:
+    return PlainSerializer(lambda value: f"{value * factor:g} {unit}", return_type=str, when_used="json")
+
+
+Milliseconds = Annotated[float, _read(units.MILLISECONDS), _write("ms")]
+Bytes = Annotated[float, _read(units.BYTES), _write("MB", 1e-6)]
+Fraction = Annotated[float, _read(units.FRACTION), _write("%", 100)]
+Rate = Annotated[float, _read(units.RATE), _write("samples/s")]
+
+
+class Strict(BaseModel):
+    """A table whose keys are all known and which does not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Flops(Strict):
+    """A FLOPs budget: absolute, or a share of the unpruned network's FLOPs (2 × MAC, batch norm left out)."""
+
+    value: float
+    relative: bool
+
+    @classmethod
+    def parse(cls, text: object) -> Flops:
+        """Read ``60M``, ``1.2G`` or ``75%``; raises ValueError for anything else."""
+        if isinstance(text, str) and text.strip().endswith("%"):
+            budget = cls(value=units.parse(text, units.FRACTION), relative=True)
+        else:
+            budget = cls(value=units.parse(text, units.FLOPS), relative=False)
+        if budget.value <= 0 or (not budget.relative and budget.value < 1000):
+            raise ValueError(f"{text!r} is no FLOPs budget; write '60M' or '75%'")
+        return budget
+
+    def resolve(self, baseline: float) -> float:
+        """Return the budget in FLOPs for a network of ``baseline`` FLOPs."""
+        return self.value * baseline if self.relative else self.value
+
+    @model_serializer(when_used="json")
+    def __str__(self) -> str:
+        return f"{self.value * 100:g}%" if self.relative else units.count(self.value)
+
+
+class Recipe(Strict):
+    """How a network is trained and fine-tuned; every key is explained in profiles/README.md."""
+
+    epochs: int = Field(default=120, ge=0)
+    finetune_epochs: int = Field(default=120, ge=0)
+    batch: int = Field(default=64, ge=2)
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    flip: bool = True
+    crop: int = Field(default=4, ge=0)
+    teacher: bool = True
+    temperature: float = Field(default=4.0, gt=0)
+    train_images: int | None = Field(default=None, ge=1)
+    val_images: int | None = Field(default=None, ge=1)
+    search_images: int = Field(default=2000, ge=1)
+
+
+class Limits(Strict):
+    """Upper limits that ``--fast`` puts on a recipe."""
+
+    epochs: int = Field(default=20, ge=1)
+    finetune_epochs: int = Field(default=12, ge=1)
+    train_images: int = Field(default=12_000, ge=1)
+    val_images: int = Field(default=2_000, ge=1)
+
+
+class Contract(Strict):
+    """What a release has to keep on its device; a clause that is left out is not judged."""
+
+    latency_p50: Milliseconds | None = None
+    latency_p90: Milliseconds | None = None
+    latency_p99: Milliseconds | None = None
+    throughput: Rate | None = None
+    min_accuracy: Fraction | None = None
+    max_accuracy_drop: Fraction | None = None
+    peak_memory: Bytes | None = None
+    engine_size: Bytes | None = None
+
+
+class Benchmark(Strict):
+    """How long and with which batches the device is measured."""
+
+    warmup: Milliseconds = 500.0
+    duration: Milliseconds = 2000.0
+    queries: int = Field(default=1000, ge=1)
+    batches: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 8, 32], min_length=1)
+
+
+class Profile(Strict):
+    """A device's budget: FLOPs, precision, training recipe and contract."""
+
+    name: str
+    description: str = ""
+    input_size: int = Field(default=32, ge=8)
+    flops: Annotated[Flops, BeforeValidator(Flops.parse)]
+    channel_divisor: int = Field(default=16, ge=1)
+    pruner: Literal["fastnas"] = "fastnas"
+    precision: Precision = "fp32"
+    calibration_images: int = Field(default=512, ge=1)
+    recipe: Recipe = Recipe()
+    recipes: dict[str, dict[str, Any]] = Field(default={})
+    fast: Limits = Limits()
+    contract: Contract = Contract()
+    benchmark: Benchmark = Benchmark()
+
+    @field_validator("recipes")
+    @classmethod
+    def _check_recipes(cls, recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for data, changes in recipes.items():
+            if data not in DATA_KINDS:
+                raise ValueError(f"no data set is called '{data}'; {units.nearest(data, list(DATA_KINDS))}")
+            for key in changes:
+                if key not in Recipe.model_fields:
+                    hint = units.nearest(key, list(Recipe.model_fields))
+                    raise ValueError(f"a recipe has no key '{key}'; {hint}")
+            Recipe(**changes)
+        return recipes
+
+    def recipe_for(self, data: str, *, fast: bool) -> Recipe:
+        """Return the recipe for a kind of data: the profile's, with that data's changes and ``fast`` limits."""
+        recipe = self.recipe.model_dump() | self.recipes.get(data, {})
+        if fast:
+            for key, limit in self.fast.model_dump().items():
+                recipe[key] = limit if recipe[key] is None else min(limit, recipe[key])
+        return Recipe(**recipe)
+
+
+class Build(Strict):
+    """Where the engine of a target is built."""
+
+    where: Literal["host", "container", "device", "ahead-of-time"] = "host"
+
+
+class Target(Strict):
+    """A device or a class of device: how to reach it, what runs there, where releases live on it."""
+
+    name: str
+    description: str = ""
+    profile: str
+    arch: Literal["x86_64", "aarch64", "any"] = "any"
+    compute_capability: Annotated[str, Field(pattern=r"^sm_\d{2,3}$")] | None = None
+    runtime: RuntimeName
+    host: str | None = None
+    root: str | None = None
+    threads: int = Field(default=1, ge=1)
+    build: Build = Build()
+
+
+class Data(Strict):
+    """Which data set: ``digits``, ``cifar10`` or ``imagefolder:PATH``."""
+
+    kind: str
+    path: str | None = None
+    skip_bad_images: bool = False
+
+    @classmethod
+    def parse(cls, text: str, *, skip_bad_images: bool = False) -> Data:
+        """Read the value of ``--data``."""
+        kind, _, path = text.partition(":")
+        if kind not in DATA_KINDS or bool(path) != (kind == "imagefolder"):
+            hint = "write imagefolder:PATH" if kind == "imagefolder" else units.nearest(kind, DATA_NAMES)
+            raise UsageError(f"no data set is called '{text}'", hint)
+        return cls(kind=kind, path=path or None, skip_bad_images=skip_bad_images)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.path}" if self.path else self.kind
+
+
+DATA_KINDS = ("digits", "cifar10", "imagefolder")
+DATA_NAMES = ["digits", "cifar10", "imagefolder:PATH"]
+
+
+class Model(Strict):
+    """Which network: ``resnet20``, ``torchvision:NAME`` or the user's own ``package.module:factory``."""
+
+    source: Literal["built-in", "torchvision", "factory"]
+    name: str
+    weights: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, weights: str | None = None) -> Model:
+        """Read the value of ``--model``."""
+        if weights is not None and not Path(weights).is_file():
+            raise UsageError(f"the checkpoint '{weights}' is not a file", "give --weights an existing file")
+        head, colon, tail = text.partition(":")
+        if text in BUILT_IN_MODELS:
+            return cls(source="built-in", name=text, weights=weights)
+        if head == "torchvision" and tail:
+            return cls(source="torchvision", name=tail, weights=weights)
+        if colon and re.fullmatch(r"[A-Za-z_][\w.]*", head) and re.fullmatch(r"[A-Za-z_]\w*", tail):
+            return cls(source="factory", name=text, weights=weights)
+        raise UsageError(f"no model is called '{text}'", units.nearest(text, MODEL_NAMES))
+
+    def __str__(self) -> str:
+        return f"torchvision:{self.name}" if self.source == "torchvision" else self.name
+
+
+BUILT_IN_MODELS = ("resnet20",)
+MODEL_NAMES = [*BUILT_IN_MODELS, "torchvision:NAME", "package.module:factory"]
+
+# --- files -------------------------------------------------------------------------------------------------
+
+_File = TypeVar("_File", Profile, Target)
+
+
+def folders(kind: str) -> Iterator[Path]:
+    """Yield the folders of ``profiles`` or ``targets``: the working folder's first, then the shipped ones."""
+    yield Path.cwd() / kind
+    package = Path(__file__).parent
+    shipped = package / "shipped" / kind
+    yield shipped if shipped.is_dir() else package.parent / kind
+
+
+def names(kind: str) -> dict[str, Path]:
+    """Return every profile or target by name; the user's own hides a shipped one of the same name."""
+    found: dict[str, Path] = {}
+    for folder in folders(kind):
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def load_profile(name: str) -> Profile:
+    """Load a profile by name; raises UsageError naming file, line and key."""
+    return _load(Profile, "profiles", name)
+
+
+def load_target(name: str) -> Target:
+    """Load a target by name; raises UsageError naming file, line and key."""
+    return _load(Target, "targets", name)
+
+
+def _load(model: type[_File], kind: str, name: str) -> _File:
+    known = names(kind)
+    if name not in known:
+        raise UsageError(f"no {kind[:-1]} is called '{name}'", units.nearest(name, list(known)))
+    return read_file(model, known[name])
+
+
+def read_file(model: type[_File], path: Path) -> _File:
+    """Read and check one YAML file; its ``name`` is the file's.
+
+    Raises:
+        UsageError: The file cannot be read, is not YAML, or a key or value is wrong (file, line, key).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}", "check the path and its permissions") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = error.problem or error.context or "not YAML"
+        raise UsageError(f"{path}:{line}: {problem}", "correct the YAML there") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}:1: a table of keys is expected here", "see the README in its folder")
+    _refuse_duplicates(path, node)
+    if "name" in content:
+        line = _line(node, ("name",))
+        raise UsageError(f"{path}:{line}: 'name' is the file's own name", "remove the key")
+    try:
+        return model.model_validate({"name": path.stem, **content})
+    except ValidationError as error:
+        lines = [_explain(model, path, node, problem) for problem in error.errors(include_url=False)]
+        raise UsageError("\n".join(lines), f"every key is explained in {path.parent.name}/README.md") from None
+
+
+def _explain(model: type[BaseModel], path: Path, node: yaml.Node | None, problem: Any) -> str:
+    loc = tuple(part for part in problem["loc"] if isinstance(part, (str, int)))
+    where = f"{path}:{_line(node, loc)}"
+    key = ".".join(str(part) for part in loc)
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{key}'; {units.nearest(str(loc[-1]), _known_keys(model, loc[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{where}: the key '{key}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {key}: {message[0].lower()}{message[1:]} (found {problem['input']!r})"
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type):
+            return []
+        model = field.annotation
+    return [key for key in model.model_fields if key != "name"]
+
+
+def _line(node: yaml.Node | None, loc: tuple[str | int, ...]) -> int:
+    """Return the line (from 1) of the deepest key of ``loc`` that stands in the file."""
+    line = 1
+    for part in loc:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+            continue
+        if not isinstance(node, yaml.MappingNode):
+            break
+        entry = next(((k, v) for k, v in node.value if k.value == part), None)
+        if entry is None:
+            break
+        line, node = entry[0].start_mark.line + 1, entry[1]
+    return line
+
+
+def _refuse_duplicates(path: Path, node: yaml.Node | None) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        if key.value in seen:
+            line = key.start_mark.line + 1
+            raise UsageError(f"{path}:{line}: '{key.value}' stands here a second time", "keep one of the two")
+        seen.add(key.value)
+        _refuse_duplicates(path, value)

@@ -1,0 +1,1 @@
+"""What goes to a device, and how it becomes current there."""

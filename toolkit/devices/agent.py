@@ -1,0 +1,91 @@
+"""The host's end of the agent: packs it, brings it to the device, asks it, and hears what it answers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from toolkit import agent
+from toolkit.devices import Device
+from toolkit.errors import StageError
+from toolkit.store import Progress
+
+_MAIN = "import sys\n\nfrom agent.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
+
+
+def pack() -> bytes:
+    """Return the agent as a zipapp; equal sources give equal bytes."""
+    buffer = io.BytesIO()
+    sources = {f"agent/{path.name}": path.read_bytes() for path in sorted(Path(agent.__file__).parent.glob("*.py"))}
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in {"__main__.py": _MAIN.encode(), **sources}.items():
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content)
+    return buffer.getvalue()
+
+
+class Agent:
+    """The agent on a device.
+
+    Args:
+        device: Where it runs.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    @cached_property
+    def path(self) -> str:
+        """Path of the agent on the device; brings it there when it is not."""
+        content = pack()
+        name = f"{hashlib.sha256(content).hexdigest()[:16]}.pyz"
+        path = f"{self.device.root}/agents/{name}"
+        if not self.device.exists(path):
+            self.device.put(content, path)
+        return path
+
+    def ask(
+        self,
+        verb: str,
+        request: dict[str, Any],
+        *,
+        progress: Progress = lambda done, total, text: None,
+        timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """Ask the agent for something and return its result.
+
+        Raises:
+            StageError: It refuses (with its reason and remedy), or breaks off.
+        """
+        answers: list[dict[str, Any]] = []
+
+        def hear(line: str) -> None:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                return
+            if event.get("event") == "progress":
+                progress(event["done"], event["total"], event["text"])
+            else:
+                answers.append(event)
+
+        finished = self.device.run(
+            [self.device.python, self.path, verb],
+            stdin=json.dumps(request | {"protocol": agent.PROTOCOL}),
+            on_line=hear,
+            timeout=timeout,
+        )
+        answer: dict[str, Any] = answers[-1] if answers else {"event": "nothing"}
+        if answer["event"] == "result":
+            return dict(answer["value"])
+        if answer["event"] == "refusal":
+            raise StageError(f"{self.device.name}: {answer['message']}", answer["hint"])
+        reason = answer.get("message") or (finished.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise StageError(
+            f"the agent on {self.device.name} broke off during '{verb}' (exit {finished.returncode}): {reason}",
+            "run again with -v for its whole output",
+        )

@@ -1,0 +1,204 @@
+"""PyTorch to ONNX: preprocessing inside the graph, checked, and compared with PyTorch on real images."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from toolkit import __version__
+from toolkit.compression import data as datasets
+from toolkit.compression import models
+from toolkit.compression.data import Images
+from toolkit.config import Model
+from toolkit.errors import StageError
+from toolkit.store import Artifact, Work
+
+VERSION = 1
+OPSET = 17  # the newest that TensorRT 8.5 (JetPack 5.1) reads
+INPUT, OUTPUT = "images", "logits"
+_COMPARED_IMAGES = 256
+_ABSOLUTE, _RELATIVE = 1e-3, 1e-3  # fp32 in another order of operations; measured differences are near 1e-5
+
+
+class _WithPreprocessing(nn.Module):
+    """Takes uint8 ``(N, 3, S, S)`` and normalises inside, so that everybody feeds the same bytes."""
+
+    def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.mean = nn.Buffer(255 * torch.tensor(mean).view(1, 3, 1, 1))
+        self.scale = nn.Buffer(1 / (255 * torch.tensor(std).view(1, 3, 1, 1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.network((images.float() - self.mean) * self.scale)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def export(work: Work, data: Artifact, model: Model, tuned: Artifact) -> dict[str, Any]:
+    """Write ``model.onnx`` with a dynamic batch, uint8 input ``images`` and float32 output ``logits``.
+
+    The graph's metadata name classes, input size, FLOPs, parameters, accuracy and the hash of the weights.
+
+    Returns:
+        ``comparison`` (images, max_absolute, max_relative, top1_agreement), ``opset``, ``bytes``.
+
+    Raises:
+        StageError: The network cannot be exported, or ONNX Runtime computes something else than PyTorch.
+    """
+    classes = data.meta["classes"]
+    size = data.meta["input_size"]
+    network = models.restore(model, len(classes), tuned.file("model.pth")).eval()
+    wrapped = _WithPreprocessing(network, data.meta["mean"], data.meta["std"]).eval()
+    path = work.out / "model.onnx"
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                wrapped,
+                (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
+                str(path),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+                opset_version=OPSET,
+                dynamo=False,  # converts to opset 17 directly and names nodes by module
+            )
+    except Exception as error:
+        raise StageError(
+            f"the network cannot be exported to ONNX: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"use operators that ONNX opset {OPSET} has",
+        ) from error
+    graph = onnx.load(path)
+    onnx.helper.set_model_props(
+        graph,
+        {
+            "classes": json.dumps(classes),
+            "input_size": str(size),
+            "flops": str(tuned.meta["flops"]),
+            "params": str(tuned.meta["params"]),
+            "accuracy": f"{tuned.meta['accuracy']:.6f}",
+            "weights_sha256": _weights_hash(network),
+            "producer": f"toolkit {__version__}",
+        },
+    )
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
+    work.progress(1, 2, "comparing with PyTorch")
+    images = np.array(datasets.load(data, "test").first(_COMPARED_IMAGES).images)
+    return {"comparison": compare(wrapped, path, images), "opset": OPSET, "bytes": path.stat().st_size}
+
+
+def _weights_hash(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run_onnx(model: bytes, images: Images, batch: int = 64) -> list[NDArray[np.float32]]:
+    """Return every output of an ONNX model on uint8 images, on the CPU and without graph optimisations."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    parts = [session.run(None, {INPUT: images[i : i + batch]}) for i in range(0, len(images), batch)]
+    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def compare(network: nn.Module, path: Path, images: Images) -> dict[str, Any]:
+    """Compare logits of PyTorch and ONNX Runtime on ``(N, 3, S, S)`` uint8 images.
+
+    Returns:
+        ``images``, ``max_absolute`` and ``max_relative`` (to the largest logit of the image), ``top1_agreement``.
+
+    Raises:
+        StageError: A difference is above tolerance; names the first layer that differs.
+    """
+    expected = network(torch.from_numpy(images)).numpy()
+    (found,) = run_onnx(path.read_bytes(), images)
+    absolute = float(np.abs(expected - found).max())
+    relative = float((np.abs(expected - found).max(1) / np.maximum(np.abs(expected).max(1), 1e-6)).max())
+    if not (absolute <= _ABSOLUTE or relative <= _RELATIVE):
+        layer = first_difference(network, path, images[:8])
+        raise StageError(
+            f"ONNX Runtime and PyTorch differ by {absolute:.3g} (relative {relative:.3g}); "
+            f"the first layer that differs is {layer}",
+            "look at that layer's ONNX operators, or replace it by one that exports exactly",
+        )
+    return {
+        "images": len(images),
+        "max_absolute": float(f"{absolute:.3g}"),
+        "max_relative": float(f"{relative:.3g}"),
+        "top1_agreement": float((expected.argmax(1) == found.argmax(1)).mean()),
+    }
+
+
+@torch.no_grad()
+def first_difference(network: nn.Module, path: Path, images: Images) -> str:
+    """Return the name of the first layer whose output differs, by running both with every output visible.
+
+    The exporter names nodes by module (``/network/layer1/layer1.0/conv1/Conv``) and folds batch norm into the
+    convolution before it, so that a convolution's node is held against both.
+    """
+    recorded: dict[str, list[NDArray[np.float32]]] = {}
+    order: list[str] = []
+    hooks = []
+    for name, module in network.named_modules():
+        if name and not list(module.children()):
+
+            def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                if name not in recorded:
+                    order.append(name)
+                recorded.setdefault(name, []).append(output.numpy())
+
+            hooks.append(module.register_forward_hook(record))
+    network(torch.from_numpy(images))
+    for hook in hooks:
+        hook.remove()
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path))
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.graph.value_info}
+    nodes = [node for node in graph.graph.node if types.get(node.output[0]) == onnx.TensorProto.FLOAT]
+    shown = [node.output[0] for node in nodes]
+    graph.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in shown
+    )
+    values = dict(zip([OUTPUT, *shown], run_onnx(graph.SerializeToString(), images), strict=True))
+    for node in nodes:
+        module = _module_of(node.name, recorded)
+        if module is None:
+            continue
+        after = order[order.index(module) + 1 :][:1]
+        candidates = [value for name in [module, *after] for value in recorded[name]]
+        fits = [c for c in candidates if c.shape == values[node.output[0]].shape]
+        worst = min(
+            (np.abs(c - values[node.output[0]]).max() / max(np.abs(c).max(), 1e-6) for c in fits), default=0
+        )
+        if not worst <= _RELATIVE:
+            return f"'{module.removeprefix('network.')}' ({node.op_type})"
+    return "after the last layer that can be compared"
+
+
+def _module_of(node: str, recorded: dict[str, list[NDArray[np.float32]]]) -> str | None:
+    """Return the module that a node's name stands for: the exporter repeats a sequence's path in its children."""
+    parts = node.strip("/").split("/")[:-1]
+    name = ""
+    for part in parts:
+        name = part if part.startswith(f"{name}.") else f"{name}.{part}".strip(".")
+    tails = [known for known in recorded if known == name or known.endswith(f".{name}")]
+    return tails[0] if len(tails) == 1 else None

@@ -1,0 +1,68 @@
+"""A run as one JSON document; its schema is run.schema.json beside this file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import ToolkitError
+from toolkit.pipeline import Job
+from toolkit.stages import Runner
+
+SCHEMA = Path(__file__).with_name("run.schema.json")
+_BENCH = (
+    "scenario", "samples", "latency_ms", "throughput", "batches", "accuracy", "images", "peak_memory_bytes",
+    "load_ms", "first_ms", "provider", "device",
+)  # fmt: skip
+
+
+def assemble(run: str, job: Job, stages: Runner, report: Path | None, error: ToolkitError | None) -> dict[str, Any]:
+    """Return the document of a run, finished or not; what was not reached is null.
+
+    Args:
+        run: Its name.
+        job: What was asked for.
+        stages: What was made.
+        report: The page, if there is one.
+        error: Why it ended early, if it did.
+    """
+    made = {name: artifact.meta for name, artifact in stages.artifacts.items()}
+    engine = stages.artifacts.get("build")
+    bench = made.get("bench")
+    return {
+        "format": 1,
+        "run": run,
+        "target": job.target.name,
+        "profile": job.profile.name,
+        "workload": {"model": str(job.model), "data": str(job.data), "seed": job.seed},
+        "budget": str(job.budget),
+        "fast": job.fast,
+        "model": {
+            "baseline": _network(made.get("train")),
+            "pruned": _network(made.get("prune")),
+            "final": _network(made.get("finetune")),
+        },
+        "engine": None
+        if engine is None
+        else {
+            "runtime": engine.meta["runtime"],
+            "precision": engine.meta["precision"],
+            "provider": engine.meta["provider"],
+            "bytes": engine.meta["bytes"],
+            "sha256": engine.sha256(engine.meta["file"]),
+        },
+        "bench": None if bench is None else {key: bench[key] for key in _BENCH},
+        "verdict": stages.verdict.as_json() if stages.verdict else None,
+        "commit": vars(stages.commitment) | {"release": stages.release} if stages.commitment else None,
+        "stages": [
+            {"name": d.name, "cached": d.cached, "seconds": d.seconds, "artifact": d.artifact} for d in stages.done
+        ],
+        "artifacts": {name: a.key for name, a in stages.artifacts.items()},
+        "report": str(report) if report else None,
+        "error": {"message": error.message, "hint": error.hint} if error else None,
+    }
+
+
+def _network(meta: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return {key: meta[key] for key in ("accuracy", "macs", "flops", "params")} if meta else None

@@ -1,0 +1,103 @@
+"""One line a stage, and a few lines at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from toolkit import units
+from toolkit.bench.contract import show
+
+
+def describe(stage: str, meta: Mapping[str, Any]) -> str:
+    """Return what is worth knowing of a stage's result, in one line."""
+    return _DESCRIBE[stage](meta) if meta and stage in _DESCRIBE else ""
+
+
+def _data(meta: Mapping[str, Any]) -> str:
+    counts = " + ".join(f"{meta['counts'][split]:,}" for split in ("train", "val", "test"))
+    left_out = f", {len(meta['skipped'])} bad files left out" if meta["skipped"] else ""
+    return f"{counts} images (train + val + test), {len(meta['classes'])} classes{left_out}"
+
+
+def _check(meta: Mapping[str, Any]) -> str:
+    size = f"{units.count(meta['flops'])}FLOPs, {units.count(meta['params'])} parameters"
+    if meta["smallest"] is None:
+        return f"{size}, cannot be pruned"
+    return f"{size}, can be pruned to {meta['smallest'] / meta['flops']:.1%}"
+
+
+def _network(meta: Mapping[str, Any]) -> str:
+    return f"test accuracy {meta['accuracy']:.2%}, {units.count(meta['flops'])}FLOPs"
+
+
+def _prune(meta: Mapping[str, Any]) -> str:
+    if not meta["pruned"]:
+        return "nothing is pruned: the budget is not below the baseline"
+    return f"{_network(meta)} before fine-tuning"
+
+
+def _export(meta: Mapping[str, Any]) -> str:
+    compared = meta["comparison"]
+    return (
+        f"opset {meta['opset']}, {units.size(meta['bytes'])}, differs from PyTorch by at most "
+        f"{compared['max_absolute']:.1g}, same top-1 on {compared['top1_agreement']:.1%}"
+    )
+
+
+def _quantize(meta: Mapping[str, Any]) -> str:
+    images = f", calibrated on {meta['calibration_images']} training images" if meta["calibration_images"] else ""
+    return f"{meta['precision']} for {meta['spelling']}, {units.size(meta['bytes'])}{images}"
+
+
+def _build(meta: Mapping[str, Any]) -> str:
+    return f"{meta['runtime']} {meta['precision']} on {meta['provider']}, {units.size(meta['bytes'])}"
+
+
+def _push(meta: Mapping[str, Any]) -> str:
+    return f"release {meta['release']}" + (f", {units.size(meta['sent'])} sent" if meta["sent"] else "")
+
+
+def _bench(meta: Mapping[str, Any]) -> str:
+    latency = meta["latency_ms"]
+    shown = " / ".join("–" if latency[p] is None else f"{latency[p]:.3f}" for p in ("p50", "p90", "p99"))
+    rate = meta["throughput"]
+    return (
+        f"p50 / p90 / p99 {shown} ms, {rate['samples_per_s']:,.0f} samples/s at batch {rate['batch']}, "
+        f"accuracy {meta['accuracy']:.2%}"
+    )
+
+
+_DESCRIBE: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "data": _data,
+    "check": _check,
+    "train": _network,
+    "prune": _prune,
+    "finetune": _network,
+    "export": _export,
+    "quantize": _quantize,
+    "build": _build,
+    "push": _push,
+    "bench": _bench,
+}
+
+
+def summary(document: Mapping[str, Any]) -> str:
+    """Return the end of a run for a terminal: the verdict with its lines, the commitment, the page."""
+    lines = []
+    if document["fast"]:
+        lines.append("FAST RUN: a short recipe on part of the data; its accuracy is not the model's best")
+    verdict = document["verdict"]
+    if verdict:
+        lines.append(f"contract  {'passed' if verdict['passed'] else 'FAILED'}")
+        for line in verdict["lines"]:
+            mark = "ok    " if line["passed"] else "FAILED"
+            measured = show(line["measured"], line["unit"])
+            lines.append(f"  {mark}  {line['what']:<14} {measured:>16}   {line['reason']}")
+    if document["commit"]:
+        commit = document["commit"]
+        state = "committed" if commit["committed"] else "not committed"
+        lines.append(f"release   {state}: {commit['reason']}")
+    if document["report"]:
+        lines.append(f"report    {document['report']}")
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""A run from outside: executes a job, keeps its record, writes its report; plans; collects garbage."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import secrets
+import shutil
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from toolkit import pipeline
+from toolkit.console import Console
+from toolkit.errors import StageError, ToolkitError, UsageError
+from toolkit.pipeline import Job
+from toolkit.report import document
+from toolkit.stages import Planner, Reached, Runner
+from toolkit.store import Store, write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run or a plan."""
+
+    document: dict[str, Any]
+    error: ToolkitError | None
+    exit_code: int
+
+
+def execute(
+    job: Job, until: str = "commit", console: Console | None = None, rerun: frozenset[str] = frozenset()
+) -> Outcome:
+    """Run a job and record it below ``BUILD/runs``.
+
+    Args:
+        job: What to do.
+        until: The stage to end with; ``commit`` for all.
+        console: Who is told of progress.
+        rerun: Stages to make anew.
+
+    Returns:
+        The run's document, the error that ended it if one did, and the exit code: 0 for a kept contract (or
+        a stage that was reached), 1 for a broken one or a failed stage, 2 for wrong input.
+    """
+    console = console or Console(quiet=True)
+    store = Store(job.build / "store")
+    stages = Runner(store, console, until, rerun, job.fast)
+    name = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{job.target.name}-{secrets.token_hex(2)}"
+    folder = job.build / "runs" / name
+    if job.fast:
+        console.say("fast run: a short recipe on part of the data")
+    error: ToolkitError | None = None
+    with _room_for(job.build), store.in_use():
+        try:
+            pipeline.run(job, stages)
+        except Reached:
+            log.info("reached %s", until)
+        except ToolkitError as caught:
+            error = caught
+        record = document.assemble(name, job, stages, None, error)
+        if stages.done:
+            folder.mkdir(parents=True)
+            if pictures := stages.artifacts.get("report"):
+                from toolkit.report import page
+
+                record["report"] = str(folder / "report.html")
+                page.write(folder, record, stages.done, pictures)
+            write_json(folder / "run.json", record)
+    if error is not None:
+        return Outcome(record, error, error.exit_code)
+    return Outcome(record, None, 0 if stages.verdict is None or stages.verdict.passed else 1)
+
+
+class _room_for:  # noqa: N801
+    """Turns a full disk or a missing permission around a run's own files into a sentence."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StageError(
+                f"the disk is full below {self.folder}", "free space (toolkit gc), then run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise StageError(
+                f"cannot write below {error.filename or self.folder}: {error.strerror}",
+                "make the folder writable, or choose another (--build DIR)",
+            ) from error
+
+
+def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
+    """Say what a run of the job would do; nothing is written.
+
+    Returns:
+        A document with ``stages`` (name, cached, seconds, artifact, text), ``seconds`` (estimated for what
+        would run) and ``complete`` (whether every stage's time is known).
+    """
+    planner = Planner(Store(job.build / "store"), Console(quiet=True), "report", rerun, job.fast)
+    error: ToolkitError | None = None
+    try:
+        pipeline.run(job, planner)
+    except Reached:
+        log.info("planned")
+    except UsageError:
+        raise
+    except ToolkitError as caught:
+        error = caught
+    seen = {done.name for done in planner.done}
+    stages = [vars(done) for done in planner.done]
+    if error is None:
+        stages += [
+            {"name": name, "cached": False, "seconds": 0.0, "artifact": None, "text": "would run"}
+            for name in pipeline.STAGES
+            if name not in seen
+        ]
+    pending = [stage for stage in stages if not stage["cached"]]
+    record = {
+        "target": job.target.name,
+        "stages": stages,
+        "seconds": round(sum(stage["seconds"] for stage in pending), 1),
+        "complete": all(stage["seconds"] for stage in pending),
+        "error": {"message": error.message, "hint": error.hint} if error else None,
+    }
+    return Outcome(record, error, error.exit_code if error else 0)
+
+
+def collect_garbage(build: Path, keep: int, *, remove: bool) -> list[tuple[Path, int]]:
+    """List (and remove) artifacts and run folders that none of the last ``keep`` runs refers to.
+
+    Returns:
+        Each folder with its size in bytes.
+    """
+    runs = sorted((path for path in (build / "runs").glob("*") if path.is_dir()), reverse=True)
+    kept: set[tuple[str, str]] = set()
+    for path in runs[:keep]:
+        record = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
+        kept |= set(record.get("artifacts", {}).items())
+    found = Store(build / "store").collect_garbage(kept, remove=remove)
+    for path in runs[keep:]:
+        found.append((path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())))
+        if remove:
+            shutil.rmtree(path)
+    return found

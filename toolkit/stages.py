@@ -1,0 +1,238 @@
+"""Runs stages against the store and keeps account of them; or plans them, which changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from toolkit import units
+from toolkit.bench.contract import Verdict
+from toolkit.console import Console, fresh, reused
+from toolkit.delivery.release import Pushed
+from toolkit.report import terminal
+from toolkit.store import Artifact, DamagedError, Progress, Store, Work
+
+if TYPE_CHECKING:
+    from toolkit.pipeline import Commitment
+
+log = logging.getLogger(__name__)
+
+Make = Callable[[Work], dict[str, Any]]
+VERSION = 1  # of all stages together; raised when a stage makes something else of the same inputs
+
+
+class Reached(Exception):  # noqa: N818
+    """The last stage that was asked for is done."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a stage."""
+
+    name: str
+    cached: bool
+    seconds: float
+    artifact: str | None
+    text: str
+
+
+@dataclass
+class Runner:
+    """Makes stages, or finds them made.
+
+    Attributes:
+        store: Where artifacts are.
+        console: Who is told.
+        until: The stage to end with.
+        rerun: Stages to make anew; ``all`` for every one.
+        fast: Whether this is a fast run.
+        done: What became of each stage so far.
+        artifacts: The artifacts so far, by stage.
+    """
+
+    store: Store
+    console: Console
+    until: str
+    rerun: frozenset[str] = frozenset()
+    fast: bool = False
+    done: list[Done] = field(default_factory=list)
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    release: str | None = None
+    verdict: Verdict | None = None
+    commitment: Commitment | None = None
+
+    def make(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Artifact],
+        make: Make,
+        amount: float | None = None,
+    ) -> Artifact:
+        """Return the stage's artifact, from the store or made now.
+
+        Args:
+            name: Stage name.
+            config: All that the result depends on beside ``inputs``.
+            inputs: Artifacts that it is made from.
+            make: Makes it.
+            amount: How much work it is; see :meth:`Store.produce`.
+        """
+        started = time.monotonic()
+        with self.console.progress(name) as progress:
+            artifact = self.store.produce(
+                name,
+                Store.key(name, VERSION, config, inputs),
+                _silently(make),
+                config=config,
+                inputs=inputs,
+                fast=self.fast,
+                amount=amount,
+                rerun=bool(self.rerun & {name, "all"}),
+                progress=progress,
+                warn=self.console.warn,
+            )
+        seconds = time.monotonic() - started
+        how = reused(artifact.created, artifact.digest) if artifact.cached else fresh(seconds)
+        self.artifacts[name] = artifact
+        self._note(name, how, artifact.meta, cached=artifact.cached, seconds=seconds, artifact=artifact.digest)
+        return artifact
+
+    def skip(self, name: str, why: str) -> None:
+        """Note that a stage has nothing to do."""
+        self._note(name, why, {}, cached=True)
+
+    def push(self, release: str, there: bool, push: Callable[[Progress], Pushed]) -> Pushed:
+        """Bring a release to its device: not an artifact, since the device may lose it at any time."""
+        started = time.monotonic()
+        with self.console.progress("push") as progress:
+            pushed = push(progress)
+        for name in pushed.repaired:
+            self.console.warn(f"the device's copy of {name} was damaged and has been replaced")
+        self.release = release
+        seconds = time.monotonic() - started
+        how = fresh(seconds) if pushed.sent_bytes else "the device has all of it, verified there"
+        sent = {"release": release, "sent": pushed.sent_bytes}
+        self._note("push", how, sent, cached=not pushed.sent_bytes, seconds=seconds, artifact=release)
+        return pushed
+
+    def need(self, artifact: Artifact) -> Artifact:
+        """Return an artifact that the next step looks into; a plan may end here."""
+        return artifact
+
+    def judged(self, verdict: Verdict) -> None:
+        """Keep the verdict."""
+        self.verdict = verdict
+
+    def committed(self, commitment: Commitment) -> None:
+        """Keep what became of the release."""
+        self.commitment = commitment
+
+    def _note(
+        self,
+        name: str,
+        how: str,
+        meta: Mapping[str, Any],
+        *,
+        cached: bool,
+        seconds: float = 0.0,
+        artifact: str | None = None,
+    ) -> None:
+        text = terminal.describe(name, meta)
+        self.console.stage(name, f"{how}{': ' if text else ''}{text}")
+        self.done.append(Done(name, cached, round(seconds, 3), artifact, text or how))
+        if name == self.until:
+            raise Reached(name)
+
+
+def _silently(make: Make) -> Make:
+    """Keep what libraries print off stdout, where a program may be reading."""
+
+    def quiet(work: Work) -> dict[str, Any]:
+        printed = io.StringIO()
+        noise = contextlib.nullcontext() if log.isEnabledFor(logging.DEBUG) else _no_noise()
+        with contextlib.redirect_stdout(printed), noise:
+            meta = make(work)
+        for line in printed.getvalue().splitlines():
+            log.debug("%s", line)
+        return meta
+
+    return quiet
+
+
+@contextlib.contextmanager
+def _no_noise() -> Any:
+    """Silence libraries' warnings and progress bars; what matters is said by the stage itself."""
+    import os
+    import warnings
+
+    os.environ["TQDM_DISABLE"] = "1"
+    for name in ("torch.utils.cpp_extension", "torch.onnx", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Planner(Runner):
+    """Goes through the stages without making any: what is there, what would be made, and how long that takes."""
+
+    def make(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Artifact],
+        make: Make,
+        amount: float | None = None,
+    ) -> Artifact:
+        """Return the artifact that is there, or one that is pending."""
+        found = None
+        problem = ""
+        if not any(artifact.is_pending for artifact in inputs.values()) and not self.rerun & {name, "all"}:
+            try:
+                found = self.store.lookup(name, Store.key(name, VERSION, config, inputs))
+            except DamagedError as damage:
+                problem = f"{damage}: "
+        if found:
+            text = terminal.describe(name, found.meta)
+            self.done.append(Done(name, True, 0.0, found.digest, f"{reused(found.created, found.digest)}: {text}"))
+        else:
+            seconds = self._estimate(name, config, amount)
+            how = f"about {units.duration(seconds)}" if seconds is not None else "no earlier run to go by"
+            self.done.append(Done(name, False, seconds or 0.0, None, f"{problem}would run ({how})"))
+        if name == self.until:
+            raise Reached(name)
+        return found or Artifact.pending(name)
+
+    def _estimate(self, name: str, config: Mapping[str, Any], amount: float | None) -> float | None:
+        """Return seconds by the newest artifact of the stage, of the same model if there is one."""
+        same, other = None, None
+        for _, record in sorted(self.store.records(), key=lambda item: str(item[1]["created"])):
+            if record["stage"] == name:
+                per_unit = record["seconds"] / record["amount"] if record["amount"] else record["seconds"]
+                other = per_unit
+                if record["config"].get("model") == config.get("model"):
+                    same = per_unit
+        rate = same if same is not None else other
+        return None if rate is None else rate * (amount or 1)
+
+    def skip(self, name: str, why: str) -> None:
+        """Note that a stage has nothing to do."""
+        self.done.append(Done(name, True, 0.0, None, why))
+
+    def push(self, release: str, there: bool, push: Callable[[Progress], Pushed]) -> Pushed:
+        """Say whether the release is on the device."""
+        text = f"release {release} is on the device" if there else f"would send release {release}"
+        self.done.append(Done("push", there, 0.0, release if there else None, text))
+        return Pushed(0, None, None, [])
+
+    def need(self, artifact: Artifact) -> Artifact:
+        """End the plan at what nobody can know before it is made."""
+        if artifact.is_pending:
+            raise Reached(artifact.stage)
+        return artifact
