@@ -63,11 +63,12 @@ def test_a_profile_survives_being_shown_and_read_again(tmp_path: Path) -> None:
     assert config.read_file(config.Profile, path) == before
 
 
-def test_recipes_are_layered_and_fast_only_lowers() -> None:
+def test_recipes_are_layered_and_fast_shortens() -> None:
     profile = config.Profile(name="x", flops="50%", recipes={"digits": {"epochs": 7, "flip": False}})
     assert profile.recipe_for("cifar10", fast=False).epochs == 120
     digits = profile.recipe_for("digits", fast=True)
     assert (digits.epochs, digits.flip, digits.finetune_epochs, digits.train_images) == (7, False, 12, 12_000)
+    assert digits.weight_decay == 1e-3
 
 
 @pytest.mark.parametrize("text", ["60M", "75%", "1.2G"])

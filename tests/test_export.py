@@ -115,9 +115,7 @@ def test_int8_for_tensorrt_is_symmetric_with_float_biases(finished: Finished, tm
     quantized = make(finished, tmp_path, "int8", "tensorrt")
     graph = onnx.load(quantized.file("model.onnx")).graph
     assert tensor_types(quantized.file("model.onnx")) == {onnx.TensorProto.INT8}
-    zero_points = {
-        node.input[2] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")
-    }
+    zero_points = {node.input[2] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
     for value in graph.initializer:
         if value.name in zero_points:
             assert value.data_type == onnx.TensorProto.INT8, "no int32 bias is dequantised"

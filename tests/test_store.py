@@ -175,7 +175,10 @@ def test_garbage_is_not_collected_under_a_run(store: Store) -> None:
 
 def mount(folder: Path, options: str) -> bool:
     folder.mkdir(exist_ok=True)
-    return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode == 0
+    return (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode
+        == 0
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

@@ -91,13 +91,14 @@ class Recipe(Strict):
     search_images: int = Field(default=2000, ge=1)
 
 
-class Limits(Strict):
-    """Upper limits that ``--fast`` puts on a recipe."""
+class Fast(Strict):
+    """What ``--fast`` does to a recipe: upper limits, and at least so much weight decay."""
 
     epochs: int = Field(default=20, ge=1)
     finetune_epochs: int = Field(default=12, ge=1)
     train_images: int = Field(default=12_000, ge=1)
     val_images: int = Field(default=2_000, ge=1)
+    weight_decay: float = Field(default=1e-3, ge=0)
 
 
 class Contract(Strict):
@@ -135,7 +136,7 @@ class Profile(Strict):
     calibration_images: int = Field(default=512, ge=1)
     recipe: Recipe = Recipe()
     recipes: dict[str, dict[str, Any]] = Field(default={})
-    fast: Limits = Limits()
+    fast: Fast = Fast()
     contract: Contract = Contract()
     benchmark: Benchmark = Benchmark()
 
@@ -153,11 +154,12 @@ class Profile(Strict):
         return recipes
 
     def recipe_for(self, data: str, *, fast: bool) -> Recipe:
-        """Return the recipe for a kind of data: the profile's, with that data's changes and ``fast`` limits."""
+        """Return the recipe for a kind of data: the profile's, that data's changes, and what ``fast`` does to it."""
         recipe = self.recipe.model_dump() | self.recipes.get(data, {})
         if fast:
-            for key, limit in self.fast.model_dump().items():
+            for key, limit in self.fast.model_dump(exclude={"weight_decay"}).items():
                 recipe[key] = limit if recipe[key] is None else min(limit, recipe[key])
+            recipe["weight_decay"] = max(recipe["weight_decay"], self.fast.weight_decay)
         return Recipe(**recipe)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import warnings
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -194,11 +195,15 @@ def first_difference(network: nn.Module, path: Path, images: Images) -> str:
     return "after the last layer that can be compared"
 
 
-def _module_of(node: str, recorded: dict[str, list[NDArray[np.float32]]]) -> str | None:
-    """Return the module that a node's name stands for: the exporter repeats a sequence's path in its children."""
-    parts = node.strip("/").split("/")[:-1]
-    name = ""
-    for part in parts:
-        name = part if part.startswith(f"{name}.") else f"{name}.{part}".strip(".")
-    tails = [known for known in recorded if known == name or known.endswith(f".{name}")]
-    return tails[0] if len(tails) == 1 else None
+def _module_of(node: str, recorded: Container[str]) -> str | None:
+    """Return the module that a node's name stands for.
+
+    The exporter joins the modules' names with slashes and repeats a container's name in its children:
+    ``/network/layer1/layer1.0/conv1/Conv`` is of ``network.layer1.0.conv1``.
+    """
+    path: list[str] = []
+    for part in node.strip("/").split("/")[:-1]:
+        repeated = [i for i in range(len(path)) if part.startswith(".".join(path[i:]) + ".")]
+        path = [*path[: repeated[0]], *part.split(".")] if repeated else [*path, part]
+    name = ".".join(path)
+    return name if name in recorded else None

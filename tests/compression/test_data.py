@@ -113,9 +113,13 @@ def test_a_wrong_layout_is_explained(tmp_path: Path, counts: dict[str, dict[str,
     root = image_folder(tmp_path / "images", counts)
     root.mkdir(exist_ok=True)
     spec = folder(root)
-    with pytest.raises(UsageError, match=message) as error:
+
+    def both() -> None:
         data.fingerprint(spec, tmp_path / "index")
         prepare(tmp_path, spec)
+
+    with pytest.raises(UsageError, match=message) as error:
+        both()
     assert error.value.hint
 
 
@@ -144,7 +148,10 @@ def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path: Path, monkeypatch: py
     place.mkdir(parents=True)
     random = np.random.default_rng(0)
     for name, _ in CIFAR10.train_list + CIFAR10.test_list:
-        batch = {"data": random.integers(0, 256, (20, 3072)).astype(np.uint8), "labels": [i % 10 for i in range(20)]}
+        batch = {
+            "data": random.integers(0, 256, (20, 3072)).astype(np.uint8),
+            "labels": [i % 10 for i in range(20)],
+        }
         (place / name).write_bytes(pickle.dumps(batch))
     names = [f"class {number}" for number in range(10)]
     (place / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))

@@ -25,7 +25,7 @@ def test_flops_are_two_macs_without_batch_norm() -> None:
 
 
 def test_both_generations_of_torchprofile_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torchprofile.profile as profile
+    from torchprofile import profile
 
     network = models.build(Model.parse("resnet20"), 10, seed=0)
     expected = flops.flops(network, 32)

@@ -1,0 +1,52 @@
+# make              help
+# make demo         the whole job on this machine, offline
+# make TARGET       the whole job for targets/TARGET.yaml
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TARGETS := $(sort $(basename $(notdir $(wildcard targets/*.yaml))))
+OPTIONS := $(if $(HOST),--host $(HOST)) $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) \
+           $(if $(PROFILE),--profile $(PROFILE)) $(if $(FLOPS),--flops $(FLOPS)) \
+           $(if $(PRECISION),--precision $(PRECISION)) $(if $(SEED),--seed $(SEED)) $(if $(FAST),--fast) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean $(TARGETS)
+
+help:
+	@echo 'make demo      the whole job on this machine, offline: train, prune, build, deliver, measure, judge'
+	@echo 'make test      run the tests'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make install   make .venv and install the toolkit into it'
+	@echo 'make clean     remove .venv and build'
+	@echo
+	@echo 'make TARGET    the whole job for a target: $(TARGETS)'
+	@echo '               with DATA=imagefolder:PATH MODEL=resnet20 PROFILE= FLOPS=60M PRECISION=int8 SEED= FAST=1 HOST= ARGS='
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo 'error: $(PYTHON) is not Python 3.10 to 3.13; name one: make PYTHON=python3.11' >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo 'error: no virtual environment can be made; on Debian: apt-get install python3-venv' >&2; exit 2; }
+	@echo 'installing into $(VENV): PyTorch and its libraries are several gigabytes, this takes a few minutes'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	@$(BIN)/toolkit run host-cpu --data digits
+
+test: install
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build
+
+$(TARGETS): install
+	@$(BIN)/toolkit run $@ $(OPTIONS)
