@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from toolkit import agent as agent_package
+from toolkit.agent.releases import identity
 from toolkit.delivery import release as delivery
 from toolkit.delivery.release import Release
 from toolkit.devices.agent import Agent, pack
 from toolkit.devices.local import LocalDevice
 from toolkit.errors import StageError
-from toolkit.store import Store, canonical, sha256_text
+from toolkit.store import Store
 
 
 def test_it_imports_nothing_but_the_standard_library_numpy_and_the_runtime() -> None:
@@ -51,7 +52,7 @@ def release(name: str, folder: Path) -> Release:
 
         files[file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     manifest: dict[str, Any] = {"files": files}
-    return Release(manifest | {"id": sha256_text(canonical(manifest))[:16]}, sources, {})
+    return Release(manifest | {"id": identity(manifest)}, sources, {})
 
 
 def test_push_sends_only_what_is_missing(device: LocalDevice, tmp_path: Path) -> None:

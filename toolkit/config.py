@@ -154,7 +154,7 @@ class Profile(Strict):
         return recipes
 
     def recipe_for(self, data: str, *, fast: bool) -> Recipe:
-        """Return the recipe for a kind of data: the profile's, that data's changes, and what ``fast`` does to it."""
+        """Return the recipe for a kind of data: the profile's, that data's changes, what ``fast`` does to it."""
         recipe = self.recipe.model_dump() | self.recipes.get(data, {})
         if fast:
             for key, limit in self.fast.model_dump(exclude={"weight_decay"}).items():

@@ -173,23 +173,21 @@ def first_difference(network: nn.Module, path: Path, images: Images) -> str:
         hook.remove()
 
     graph = onnx.shape_inference.infer_shapes(onnx.load(path))
-    types = {value.name: value.type.tensor_type.elem_type for value in graph.graph.value_info}
+    types = {
+        value.name: value.type.tensor_type.elem_type for value in [*graph.graph.value_info, *graph.graph.output]
+    }
     nodes = [node for node in graph.graph.node if types.get(node.output[0]) == onnx.TensorProto.FLOAT]
-    shown = [node.output[0] for node in nodes]
+    shown = [node.output[0] for node in nodes if node.output[0] != OUTPUT]
     graph.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in shown
     )
     values = dict(zip([OUTPUT, *shown], run_onnx(graph.SerializeToString(), images), strict=True))
-    for node in nodes:
-        module = _module_of(node.name, recorded)
-        if module is None:
-            continue
+    last_of = {module: node for node in nodes if (module := _module_of(node.name, recorded)) is not None}
+    for module, node in last_of.items():
         after = order[order.index(module) + 1 :][:1]
-        candidates = [value for name in [module, *after] for value in recorded[name]]
-        fits = [c for c in candidates if c.shape == values[node.output[0]].shape]
-        worst = min(
-            (np.abs(c - values[node.output[0]]).max() / max(np.abs(c).max(), 1e-6) for c in fits), default=0
-        )
+        found = values[node.output[0]]
+        candidates = [value for name in [module, *after] for value in recorded[name] if value.shape == found.shape]
+        worst = min((np.abs(c - found).max() / max(np.abs(c).max(), 1e-6) for c in candidates), default=0)
         if not worst <= _RELATIVE:
             return f"'{module.removeprefix('network.')}' ({node.op_type})"
     return "after the last layer that can be compared"

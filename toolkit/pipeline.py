@@ -125,7 +125,7 @@ def compress(job: Job, stages: Runner) -> Networks:
         "prune",
         model
         | {
-            "budget": str(job.budget),
+            "budget": job.budget.model_dump(),
             "divisor": divisor,
             "pruner": profile.pruner,
             "recipe": recipe.model_dump(include={"train_images", "val_images", "search_images"}),

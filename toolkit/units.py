@@ -38,7 +38,7 @@ def parse(text: object, units: dict[str, float]) -> float:
     if unit not in units:
         what = f"unit {unit!r} is not known here" if unit else f"{text!r} has no unit"
         raise ValueError(f"{what}; write one of {allowed}, as in '{number} {next(iter(units)) or 'M'}'")
-    return float(number) * units[unit]
+    return round(float(number) * units[unit], 12)  # 95 % is 0.95, not a little more
 
 
 def nearest(word: str, known: list[str]) -> str:

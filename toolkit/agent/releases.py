@@ -151,13 +151,26 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
     return {"id": manifest["id"]}
 
 
+def identity(manifest: dict[str, Any]) -> str:
+    """Return a release's name: a hash of its manifest, which holds the hash of every file."""
+    content = {key: value for key, value in manifest.items() if key != "id"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def read_manifest(folder: str) -> dict[str, Any]:
-    """Return a release's manifest; refuses a folder that has none."""
+    """Return a release's manifest; refuses one that is missing or is not what the release's name stands for."""
+    release = os.path.basename(folder)
     try:
         with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError) as error:
-        raise Refusal("{} is not a release: {}".format(folder, error), "push it again") from error
+            manifest = json.load(file)
+    except FileNotFoundError:
+        raise Refusal("there is no release {}".format(release), "push it again") from None
+    except ValueError:
+        manifest = {}
+    if not isinstance(manifest, dict) or identity(manifest) != release:
+        raise Refusal("release {} is damaged: manifest.json".format(release), "push it again")
+    return dict(manifest)
 
 
 def switch(request: dict[str, Any]) -> dict[str, Any]:

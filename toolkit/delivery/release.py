@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import __version__
+from toolkit.agent.releases import identity
 from toolkit.devices.agent import Agent, pack
 from toolkit.errors import StageError
-from toolkit.store import Artifact, Progress, canonical, sha256_text
+from toolkit.store import Artifact, Progress
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def compose(engine: Artifact, data: Artifact, *, about: dict[str, Any], fast: bo
         "fast": fast,
         **about,
     }
-    return Release(manifest | {"id": sha256_text(canonical(manifest))[:16]}, sources, content)
+    return Release(manifest | {"id": identity(manifest)}, sources, content)
 
 
 def push(release: Release, agent: Agent, progress: Progress = lambda done, total, text: None) -> Pushed:
