@@ -21,8 +21,8 @@ flops: 70%
 channel_divisor: 8
 precision: fp32
 recipe:
-  epochs: 6
-  finetune_epochs: 4
+  epochs: 20
+  finetune_epochs: 10
   batch: 16
 contract:
   latency_p99: 20 ms
