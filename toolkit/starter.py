@@ -58,7 +58,8 @@ _IMAGES = """\
 train/<class>/*   images to learn from, any size, grey or colour
 test/<class>/*    images to judge by; never seen by training, search or calibration
 
-The discs and squares here are drawn by `toolkit init`, so that the first run works. Put your own in their place.
+The red discs and blue squares here are drawn by `toolkit init`, so that the first run works.
+Put your own in their place.
 """
 
 
@@ -94,7 +95,7 @@ def write(folder: Path) -> list[Path]:
 
 
 def _draw(folder: Path) -> Iterator[Path]:
-    """Draw 40 discs and 40 squares to learn from, and 20 of each to judge by; yields each folder first."""
+    """Draw 40 red discs and 40 blue squares to learn from, 20 of each to judge by; yields each folder first."""
     import random
 
     from PIL import Image, ImageDraw
@@ -107,7 +108,8 @@ def _draw(folder: Path) -> Iterator[Path]:
                 image = Image.new("RGB", (48, 48), tuple(dice.randrange(90) for _ in range(3)))
                 radius, x, y = dice.randrange(9, 16), dice.randrange(17, 31), dice.randrange(17, 31)
                 box = (x - radius, y - radius, x + radius, y + radius)
-                colour = tuple(dice.randrange(150, 256) for _ in range(3))
+                strong, weak = dice.randrange(170, 256), dice.randrange(80, 150)
+                colour = (strong, weak, weak) if shape == "disc" else (weak, weak, strong)
                 pen = ImageDraw.Draw(image)
                 (pen.ellipse if shape == "disc" else pen.rectangle)(box, fill=colour)
                 image.save(folder / split / shape / f"{index:02d}.png")
