@@ -6,9 +6,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TARGETS := $(sort $(basename $(notdir $(wildcard targets/*.yaml))))
-OPTIONS := $(if $(HOST),--host $(HOST)) $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) \
-           $(if $(PROFILE),--profile $(PROFILE)) $(if $(FLOPS),--flops $(FLOPS)) \
-           $(if $(PRECISION),--precision $(PRECISION)) $(if $(SEED),--seed $(SEED)) $(if $(FAST),--fast) $(ARGS)
+# only what was typed counts: HOST, MODEL or SEED may stand in somebody's environment
+given = $(if $(findstring command,$(origin $(1))),$(2) $($(1)))
+OPTIONS = $(call given,HOST,--host) $(call given,DATA,--data) $(call given,MODEL,--model) \
+          $(call given,PROFILE,--profile) $(call given,FLOPS,--flops) $(call given,PRECISION,--precision) \
+          $(call given,SEED,--seed) $(if $(call given,FAST),--fast) $(call given,ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint clean $(TARGETS)
@@ -38,7 +40,7 @@ demo: install
 	@$(BIN)/toolkit run host-cpu --data digits
 
 test: install
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(call given,ARGS)
 
 lint: install
 	@$(BIN)/ruff check .

@@ -89,6 +89,8 @@ def test_a_damaged_release_is_named_and_mended(device: LocalDevice, tmp_path: Pa
         delivery.switch(one.id, agent)
     assert not (Path(device.root) / "current").exists()
     assert delivery.push(one, agent).repaired == [name]
+    left = {str(file.relative_to(path.parent)) for file in path.parent.rglob("*") if file.is_file()}
+    assert left == {"model.bin", "manifest.json", "evaluation/images.npy"}
     delivery.switch(one.id, agent)
     assert delivery.push(one, agent).repaired == []
 

@@ -68,7 +68,7 @@ def test_targets_and_profiles(toolkit: Toolkit, job: Path) -> None:
         (["run", "tiny", "--flops", "lots"], ["--flops: 'lots' is not a number", "75%"]),
         (
             ["run", "tiny", "--flops", "10%"],
-            ["cannot be reached", "the smallest network has 48.66M", "--flops 61%"],
+            ["cannot be reached", "the smallest network has 48.66 MFLOPs", "--flops 61%"],
         ),
         (["run", "tiny", "--model", "nomodule:f"], ["the module 'nomodule' cannot be found"]),
         (["run", "tiny", "--model", "torchvision:resnet17"], ["no classification model 'resnet17'", "resnet18"]),

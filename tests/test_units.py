@@ -34,6 +34,8 @@ def test_nearest_names_the_closest_or_all() -> None:
 
 def test_formats() -> None:
     assert units.count(81_102_208) == "81.1M"
+    assert units.flops(81_102_208) == "81.1 MFLOPs"
+    assert units.flops(12) == "12 FLOPs"
     assert units.size(1_210_000) == "1.21 MB"
     assert units.duration(125) == "2 min 05 s"
     assert units.duration(4320) == "1 h 12 min"

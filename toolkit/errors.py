@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class ToolkitError(Exception):
     """A failure that the user can act on; shown without a traceback.
@@ -27,3 +32,27 @@ class UsageError(ToolkitError):
 
 class StageError(ToolkitError):
     """A stage could not be completed."""
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, what: str) -> Iterator[None]:
+    """Turn a full disk or a missing permission into a sentence.
+
+    Args:
+        folder: Where is written.
+        what: Who could not be written: ``stage 'train'``, ``the run's record``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StageError(
+                f"the disk is full: {what} could not be written to {folder}",
+                "free space (toolkit gc), then run the same command again; finished stages are kept",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise StageError(
+                f"no permission to write {error.filename or folder}",
+                "make the folder writable, or choose another (--build DIR)",
+            ) from error
+        raise

@@ -7,17 +7,17 @@ line: configuration, input artifacts, and the function that makes it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from toolkit import compression, engines
 from toolkit.bench import contract
 from toolkit.bench.contract import Verdict
-from toolkit.config import Data, Flops, Model, Precision, Profile, Recipe, Target
+from toolkit.config import Model
 from toolkit.delivery import release as delivery
-from toolkit.delivery.release import Release
+from toolkit.delivery.release import Commitment, Release
 from toolkit.devices import Device, open_device
 from toolkit.devices.agent import Agent, pack
+from toolkit.job import Job
 from toolkit.stages import Runner
 from toolkit.store import Artifact, Work, sha256_text
 
@@ -25,27 +25,6 @@ STAGES = (
     "data", "check", "train", "prune", "finetune", "export", "quantize", "build", "push", "bench", "report",
 )  # fmt: skip
 UNTIL = ("train", "prune", "finetune", "export", "quantize", "build", "push", "bench", "report", "commit")
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that was asked for."""
-
-    target: Target
-    profile: Profile
-    model: Model
-    data: Data
-    precision: Precision
-    budget: Flops
-    seed: int
-    fast: bool
-    allow_fast: bool
-    build: Path
-
-    @property
-    def recipe(self) -> Recipe:
-        """How its networks are trained."""
-        return self.profile.recipe_for(self.data.kind, fast=self.fast)
 
 
 @dataclass(frozen=True)
@@ -57,16 +36,6 @@ class Networks:
     pruned: Artifact
     tuned: Artifact
     graph: Artifact
-
-
-@dataclass(frozen=True)
-class Commitment:
-    """Whether the release became current on its device, and why or why not."""
-
-    committed: bool
-    reason: str
-    current: str | None
-    previous: str | None
 
 
 def run(job: Job, stages: Runner) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import secrets
@@ -14,8 +13,8 @@ from typing import Any
 
 from toolkit import pipeline
 from toolkit.console import Console
-from toolkit.errors import StageError, ToolkitError, UsageError
-from toolkit.pipeline import Job
+from toolkit.errors import ToolkitError, UsageError, disk_errors
+from toolkit.job import Job
 from toolkit.report import document
 from toolkit.stages import Planner, Reached, Runner
 from toolkit.store import Store, write_json
@@ -55,7 +54,7 @@ def execute(
     if job.fast:
         console.say("fast run: a short recipe on part of the data")
     error: ToolkitError | None = None
-    with _room_for(job.build), store.in_use():
+    with disk_errors(job.build, "the run's record"), store.in_use():
         try:
             pipeline.run(job, stages)
         except Reached:
@@ -74,29 +73,6 @@ def execute(
     if error is not None:
         return Outcome(record, error, error.exit_code)
     return Outcome(record, None, 0 if stages.verdict is None or stages.verdict.passed else 1)
-
-
-class _room_for:  # noqa: N801
-    """Turns a full disk or a missing permission around a run's own files into a sentence."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError):
-            return
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StageError(
-                f"the disk is full below {self.folder}", "free space (toolkit gc), then run the same command again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise StageError(
-                f"cannot write below {error.filename or self.folder}: {error.strerror}",
-                "make the folder writable, or choose another (--build DIR)",
-            ) from error
 
 
 def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:

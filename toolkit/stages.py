@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from toolkit import units
 from toolkit.bench.contract import Verdict
 from toolkit.console import Console, fresh, reused
-from toolkit.delivery.release import Pushed
+from toolkit.delivery.release import Commitment, Pushed
 from toolkit.report import terminal
 from toolkit.store import Artifact, DamagedError, Progress, Store, Work
-
-if TYPE_CHECKING:
-    from toolkit.pipeline import Commitment
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +154,9 @@ def _silently(make: Make) -> Make:
 
     def quiet(work: Work) -> dict[str, Any]:
         printed = io.StringIO()
-        noise = contextlib.nullcontext() if log.isEnabledFor(logging.DEBUG) else _no_noise()
+        noise: contextlib.AbstractContextManager[None] = (
+            contextlib.nullcontext() if log.isEnabledFor(logging.DEBUG) else _no_noise()
+        )
         with contextlib.redirect_stdout(printed), noise:
             meta = make(work)
         for line in printed.getvalue().splitlines():
@@ -166,11 +167,8 @@ def _silently(make: Make) -> Make:
 
 
 @contextlib.contextmanager
-def _no_noise() -> Any:
+def _no_noise() -> Iterator[None]:
     """Silence libraries' warnings and progress bars; what matters is said by the stage itself."""
-    import os
-    import warnings
-
     os.environ["TQDM_DISABLE"] = "1"
     for name in ("torch.utils.cpp_extension", "torch.onnx", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,7 +7,6 @@ a folder that exists is whole. One writer a key, by a file lock that ends with i
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from toolkit.errors import StageError, UsageError
+from toolkit.errors import StageError, UsageError, disk_errors
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ class Store:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Keep garbage collection away while a run reads and writes here."""
-        with self._translate_os_errors("store"):
+        with disk_errors(self.root, "the store"):
             assert self._ready
             descriptor = os.open(self.root / ".locks" / "users", os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -233,7 +232,7 @@ class Store:
             progress: Handed to ``make``.
             warn: Told of a damaged artifact and of waiting for another process.
         """
-        with self._translate_os_errors(stage), self._locked(stage, key, warn):
+        with disk_errors(self.root, f"stage '{stage}'"), self._locked(stage, key, warn):
             if not rerun:
                 try:
                     if found := self.lookup(stage, key):
@@ -320,24 +319,6 @@ class Store:
         finally:
             lock.release()
 
-    @contextmanager
-    def _translate_os_errors(self, stage: str) -> Iterator[None]:
-        """Turn a full disk or a missing permission below the store into a sentence."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StageError(
-                    f"the disk is full: stage '{stage}' could not be written to {self.root}",
-                    "free space (toolkit gc), then run the same command again; finished stages are kept",
-                ) from error
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise StageError(
-                    f"no permission to write {error.filename or self.root}",
-                    "make the folder writable, or choose another (--build DIR)",
-                ) from error
-            raise
-
     def records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Yield every artifact's folder and record; a damaged record is left out."""
         for path in sorted(self.root.glob("[!.]*/*/artifact.json")):
@@ -361,7 +342,7 @@ class Store:
         """
         if not self.root.is_dir():
             return []
-        with self._translate_os_errors("gc"):
+        with disk_errors(self.root, "the store"):
             assert self._ready
             with self._unused():
                 folders = [

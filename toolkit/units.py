@@ -57,6 +57,12 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def flops(value: float) -> str:
+    """Format FLOPs: ``81.1 MFLOPs``."""
+    text = count(value)
+    return f"{text[:-1]} {text[-1]}FLOPs" if text[-1].isalpha() else f"{text} FLOPs"
+
+
 def size(value: float) -> str:
     """Format bytes: ``1.21 MB``."""
     for factor, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

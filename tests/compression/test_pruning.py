@@ -80,7 +80,7 @@ CHECK = {"flops": 100e6, "smallest": 40e6, "obstacle": None}
 
 
 def test_an_unreachable_budget_names_the_smallest() -> None:
-    with pytest.raises(UsageError, match=r"40M \(40.0% of 100M\)") as error:
+    with pytest.raises(UsageError, match=r"40 MFLOPs \(40.0% of 100 MFLOPs\)") as error:
         budget.require_reachable(CHECK, Flops.parse("30%"), 16)
     assert "--flops 40%" in str(error.value.hint)
     budget.require_reachable(CHECK, Flops.parse("40M"), 16)

@@ -134,10 +134,13 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
             os.makedirs(staged)
         for name, entry in manifest["files"].items():
             path = os.path.join(staged, name)
+            content = os.path.join(root, "store", entry["sha256"])
+            if os.path.exists(path) and os.path.samefile(path, content):
+                continue
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path + ".new")
-            os.link(os.path.join(root, "store", entry["sha256"]), path + ".new")
+            os.link(content, path + ".new")
             os.replace(path + ".new", path)
         with open(os.path.join(staged, "manifest.json.new"), "w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1, sort_keys=True)

@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
-    from toolkit.pipeline import Job
+    from toolkit.job import Job
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -93,7 +93,7 @@ def job_from(
 
     from toolkit import config
     from toolkit.errors import UsageError
-    from toolkit.pipeline import Job
+    from toolkit.job import Job
 
     logging.basicConfig(level=[logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)])
     chosen = config.load_target(target)

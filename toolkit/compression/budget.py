@@ -21,7 +21,7 @@ def require_reachable(check_meta: dict[str, Any], budget: Flops, divisor: int) -
     if limit < smallest:
         share = smallest / check_meta["flops"]
         raise UsageError(
-            f"the budget of {budget} FLOPs cannot be reached: with channel divisor {divisor} the smallest network "
-            f"has {units.count(smallest)} ({share:.1%} of {units.count(check_meta['flops'])})",
+            f"the FLOPs budget of {budget} cannot be reached: with channel divisor {divisor} the smallest network "
+            f"has {units.flops(smallest)} ({share:.1%} of {units.flops(check_meta['flops'])})",
             f"ask for --flops {math.ceil(share * 100)}% or more, or lower channel_divisor in the profile",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -235,7 +236,10 @@ def fit(
             "history": history,
             "best": best,
         }
-        torch.save(state, checkpoint.with_suffix(".new"))
+        with checkpoint.with_suffix(".new").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         checkpoint.with_suffix(".new").replace(checkpoint)
         work.progress(epoch + 1, epochs, f"loss {mean.item():.3f}, validation {score:.2%}")
     if best["state"] is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,16 @@ class Pushed:
     current: str | None
     previous: str | None
     repaired: list[str]
+
+
+@dataclass(frozen=True)
+class Commitment:
+    """Whether the release became current on its device, and why or why not."""
+
+    committed: bool
+    reason: str
+    current: str | None
+    previous: str | None
 
 
 def compose(engine: Artifact, data: Artifact, *, about: dict[str, Any], fast: bool) -> Release:
@@ -108,7 +117,7 @@ def bench(
 ) -> dict[str, Any]:
     """Have the agent measure the release; raw data come back as ``latencies.npy`` and ``logits.npy``."""
     device = agent.device
-    folder = f"{device.root}/measured/{uuid.uuid4().hex}"
+    folder = f"{device.root}/measured/{release.id}"
     try:
         request = {
             "root": device.root,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ToolkitError
-from toolkit.pipeline import Job
+from toolkit.job import Job
 from toolkit.stages import Runner
 
 SCHEMA = Path(__file__).with_name("run.schema.json")

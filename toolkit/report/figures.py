@@ -128,14 +128,16 @@ def _widths(widths: dict[str, list[int]]) -> str:
     changed = {name: pair for name, pair in widths.items() if pair[0] != pair[1]}
     if not changed:
         return ""
-    figure, axis = plt.subplots(figsize=(8, 0.7 + 0.24 * len(changed)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.24 * len(changed)), layout="constrained")
     names = list(changed)
     axis.barh(names, [changed[name][0] for name in names], color=_BEFORE, height=0.7, label="before")
-    bars = axis.barh(names, [changed[name][1] for name in names], color=_AFTER, height=0.4, label="after")
-    axis.bar_label(bars, [f"{changed[name][0]} → {changed[name][1]}" for name in names], padding=3, fontsize=8)
+    axis.barh(names, [changed[name][1] for name in names], color=_AFTER, height=0.4, label="after")
+    for row, (before, after) in enumerate(changed.values()):
+        axis.text(before, row, f" {before} → {after}", va="center", fontsize=8)
     axis.invert_yaxis()
+    axis.set_xlim(0, 1.12 * max(before for before, _ in changed.values()))
     axis.set_xlabel("channels")
-    axis.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8)
     return _svg(figure)
 
 

@@ -21,14 +21,14 @@ def _data(meta: Mapping[str, Any]) -> str:
 
 
 def _check(meta: Mapping[str, Any]) -> str:
-    size = f"{units.count(meta['flops'])}FLOPs, {units.count(meta['params'])} parameters"
+    size = f"{units.flops(meta['flops'])}, {units.count(meta['params'])} parameters"
     if meta["smallest"] is None:
         return f"{size}, cannot be pruned"
     return f"{size}, can be pruned to {meta['smallest'] / meta['flops']:.1%}"
 
 
 def _network(meta: Mapping[str, Any]) -> str:
-    return f"test accuracy {meta['accuracy']:.2%}, {units.count(meta['flops'])}FLOPs"
+    return f"test accuracy {meta['accuracy']:.2%}, {units.flops(meta['flops'])}"
 
 
 def _prune(meta: Mapping[str, Any]) -> str:
