@@ -48,6 +48,13 @@ def test_every_verb_is_listed(toolkit: Toolkit) -> None:
         assert f"\n  {verb} " in text
 
 
+def test_every_stage_can_be_made_anew() -> None:
+    from toolkit import pipeline
+    from toolkit.commands.options import RERUN
+
+    assert set(RERUN) == set(pipeline.STAGES) - {"push"} | {"all"}
+
+
 def test_targets_and_profiles(toolkit: Toolkit, job: Path) -> None:
     assert "jetson-orin-nano" in toolkit("targets").stdout
     assert "tiny" in toolkit("targets", "list").stdout

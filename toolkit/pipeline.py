@@ -24,7 +24,6 @@ from toolkit.store import Artifact, Work, sha256_text
 STAGES = (
     "data", "check", "train", "prune", "finetune", "export", "quantize", "build", "push", "bench", "report",
 )  # fmt: skip
-UNTIL = ("train", "prune", "finetune", "export", "quantize", "build", "push", "bench", "report", "commit")
 
 
 @dataclass(frozen=True)

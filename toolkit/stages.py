@@ -154,10 +154,9 @@ def _silently(make: Make) -> Make:
 
     def quiet(work: Work) -> dict[str, Any]:
         printed = io.StringIO()
-        noise: contextlib.AbstractContextManager[None] = (
-            contextlib.nullcontext() if log.isEnabledFor(logging.DEBUG) else _no_noise()
-        )
-        with contextlib.redirect_stdout(printed), noise:
+        with contextlib.redirect_stdout(printed), contextlib.ExitStack() as stack:
+            if not log.isEnabledFor(logging.DEBUG):
+                stack.enter_context(_no_noise())
             meta = make(work)
         for line in printed.getvalue().splitlines():
             log.debug("%s", line)
