@@ -25,7 +25,6 @@ from toolkit.config import Model
 from toolkit.errors import StageError
 from toolkit.store import Artifact, Work
 
-VERSION = 1
 OPSET = 17  # the newest that TensorRT 8.5 (JetPack 5.1) reads
 INPUT, OUTPUT = "images", "logits"
 _COMPARED_IMAGES = 256

@@ -64,7 +64,7 @@ def compress(job: Job, stages: Runner) -> Networks:
     """Train, prune, fine-tune, export and quantise: all that does not depend on a device."""
     profile, recipe, seed = job.profile, job.recipe, job.seed
     size, divisor = profile.input_size, profile.channel_divisor
-    content = compression.data.fingerprint(job.data, stages.store.root / ".index")
+    content = compression.data.fingerprint(job.data, stages.store.root / ".index", remember=stages.writes)
     model = {"model": compression.sources.identify(job.model)}
 
     data = stages.make(

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from toolkit import units
 from toolkit.bench.contract import Verdict
@@ -22,7 +22,19 @@ from toolkit.store import Artifact, DamagedError, Progress, Store, Work
 log = logging.getLogger(__name__)
 
 Make = Callable[[Work], dict[str, Any]]
-VERSION = 1  # of all stages together; raised when a stage makes something else of the same inputs
+# raised when a stage makes something else of the same inputs
+VERSIONS = {
+    "data": 1,
+    "check": 1,
+    "train": 1,
+    "prune": 1,
+    "finetune": 1,
+    "export": 1,
+    "quantize": 1,
+    "build": 1,
+    "bench": 1,
+    "report": 1,
+}
 
 
 class Reached(Exception):  # noqa: N818
@@ -64,6 +76,7 @@ class Runner:
     release: str | None = None
     verdict: Verdict | None = None
     commitment: Commitment | None = None
+    writes: ClassVar[bool] = True
 
     def make(
         self,
@@ -86,7 +99,7 @@ class Runner:
         with self.console.progress(name) as progress:
             artifact = self.store.produce(
                 name,
-                Store.key(name, VERSION, config, inputs),
+                Store.key(name, VERSIONS[name], config, inputs),
                 _silently(make),
                 config=config,
                 inputs=inputs,
@@ -179,6 +192,8 @@ def _no_noise() -> Iterator[None]:
 class Planner(Runner):
     """Goes through the stages without making any: what is there, what would be made, and how long that takes."""
 
+    writes: ClassVar[bool] = False
+
     def make(
         self,
         name: str,
@@ -192,7 +207,7 @@ class Planner(Runner):
         problem = ""
         if not any(artifact.is_pending for artifact in inputs.values()) and not self.rerun & {name, "all"}:
             try:
-                found = self.store.lookup(name, Store.key(name, VERSION, config, inputs))
+                found = self.store.lookup(name, Store.key(name, VERSIONS[name], config, inputs))
             except DamagedError as damage:
                 problem = f"{damage}: "
         if found:

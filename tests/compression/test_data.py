@@ -115,7 +115,7 @@ def test_a_wrong_layout_is_explained(tmp_path: Path, counts: dict[str, dict[str,
     spec = folder(root)
 
     def both() -> None:
-        data.fingerprint(spec, tmp_path / "index")
+        data.fingerprint(spec, tmp_path / "index", remember=True)
         prepare(tmp_path, spec)
 
     with pytest.raises(UsageError, match=message) as error:
@@ -125,20 +125,21 @@ def test_a_wrong_layout_is_explained(tmp_path: Path, counts: dict[str, dict[str,
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
-        data.fingerprint(folder(tmp_path / "nowhere"), tmp_path / "index")
+        data.fingerprint(folder(tmp_path / "nowhere"), tmp_path / "index", remember=True)
 
 
 def test_the_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
-    (tmp_path / "store").mkdir()
     index = tmp_path / "store" / "index"
     first = image_folder(tmp_path / "a", COUNTS)
     shutil.copytree(first, tmp_path / "b")
-    before = data.fingerprint(folder(first), index)
-    assert data.fingerprint(folder(tmp_path / "b"), index) == before
-    assert data.fingerprint(folder(first), index) == before
+    before = data.fingerprint(folder(first), index, remember=True)
+    assert data.fingerprint(folder(tmp_path / "b"), index, remember=True) == before
+    assert data.fingerprint(folder(first), index, remember=True) == before
     assert len(list(index.iterdir())) == 2
+    assert data.fingerprint(folder(first), tmp_path / "plan", remember=False) == before
+    assert not (tmp_path / "plan").exists()
     Image.new("RGB", (5, 5)).save(first / "train" / "dark" / "0.png")
-    assert data.fingerprint(folder(first), index) != before
+    assert data.fingerprint(folder(first), index, remember=True) != before
 
 
 def test_cifar10_is_read_as_torchvision_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

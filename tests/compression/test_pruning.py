@@ -9,7 +9,7 @@ import torch
 from toolkit.compression import budget, flops, models, pruning
 from toolkit.config import Flops, Model
 from toolkit.errors import UsageError
-from toolkit.store import Store
+from toolkit.store import Store, Work
 
 
 def test_flops_are_two_macs_without_batch_norm() -> None:
@@ -106,3 +106,15 @@ def test_the_pruned_network_keeps_the_budget_and_is_restored_whole(finished: tup
     assert any(after < before for before, after in artifact.meta["widths"].values())
     assert all(after % 16 == 0 for before, after in artifact.meta["widths"].values() if after != before)
     assert list((store.root / ".search").glob("*.pth")), "the search is kept for other budgets"
+
+
+def test_a_finished_search_is_taken_over_and_half_a_one_is_dropped(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    (shared,) = (finished[0] / "build" / "store" / ".search").glob("*.pth")
+    work = Work(tmp_path / "out", tmp_path)
+    own = pruning._open_search(work, shared)
+    assert len(torch.load(own, weights_only=True)["sensitivity_map"]) == 6
+    half = tmp_path / "half.pth"
+    half.write_bytes(shared.read_bytes()[:1000])
+    assert not pruning._open_search(work, half).exists()

@@ -18,7 +18,6 @@ from toolkit.config import Data
 from toolkit.errors import StageError, UsageError
 from toolkit.store import Artifact, Work, write_json
 
-VERSION = 1
 SPLITS = ("train", "val", "test")
 _SPLIT_SEED = 20_240_501  # the split is part of the data: it does not follow the run's seed
 _LITTER = {"Thumbs.db", "desktop.ini"}
@@ -54,11 +53,16 @@ def load(artifact: Artifact, split: str) -> Split:
 # --- what the key of the data is made of -------------------------------------------------------------------
 
 
-def fingerprint(data: Data, index: Path) -> dict[str, Any]:
+def fingerprint(data: Data, index: Path, *, remember: bool) -> dict[str, Any]:
     """Return what identifies the data's content, for the artifact's key.
 
     An image folder is identified by every file's content. Reading them all at every call would be slow, so
     ``index`` (a folder) remembers the content hash of a listing of names, sizes and modification times.
+
+    Args:
+        data: Which data set.
+        index: The folder.
+        remember: Whether to write what was found out to it.
 
     Raises:
         UsageError: The folder is missing, or its layout is wrong.
@@ -66,19 +70,20 @@ def fingerprint(data: Data, index: Path) -> dict[str, Any]:
     if data.kind != "imagefolder":
         return {"kind": data.kind}
     layout = _image_folder(Path(str(data.path)).expanduser())
+    files = list(layout.files())
     listing = hashlib.sha256()
-    for path, stat in layout.files():
+    for path, stat in files:
         listing.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     known = index / listing.hexdigest()
     if known.is_file():
         return {"kind": data.kind, "content": known.read_text().strip('"\n'), "skip": data.skip_bad_images}
     content = hashlib.sha256()
-    paths = [path for path, _ in layout.files()]
+    paths = [path for path, _ in files]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for path, digest in zip(paths, pool.map(_hash_small, paths), strict=True):
             content.update(f"{path.relative_to(layout.root)}\0".encode() + digest)
-    if index.parent.is_dir():
-        index.mkdir(exist_ok=True)
+    if remember:
+        index.mkdir(parents=True, exist_ok=True)
         write_json(known, content.hexdigest())
     return {"kind": data.kind, "content": content.hexdigest(), "skip": data.skip_bad_images}
 
@@ -330,10 +335,3 @@ def _decoder(size: int) -> Callable[[Path], Images | str]:
         return np.asarray(image).transpose(2, 0, 1)
 
     return decode
-
-
-def describe(meta: dict[str, Any]) -> str:
-    """Return one line about a data artifact: ``45,000 + 5,000 + 10,000 images, 10 classes``."""
-    counts = " + ".join(f"{meta['counts'][split]:,}" for split in SPLITS)
-    line = f"{counts} images (train + val + test), {len(meta['classes'])} classes"
-    return line + (f", {len(meta['skipped'])} bad files left out" if meta["skipped"] else "")

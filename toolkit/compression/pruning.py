@@ -22,7 +22,6 @@ from toolkit.store import Artifact, Work
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
 _CALIBRATION_BATCHES = 50  # what FastNAS keeps for recalibrating batch norm; with fewer it does not recalibrate
 
 

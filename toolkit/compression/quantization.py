@@ -19,7 +19,6 @@ from toolkit.config import Precision
 from toolkit.errors import StageError
 from toolkit.store import Artifact, Work
 
-VERSION = 1
 Spelling = Literal["onnxruntime", "tensorrt"]
 
 

@@ -22,7 +22,6 @@ from toolkit.config import Model, Recipe
 from toolkit.errors import StageError
 from toolkit.store import Artifact, Work
 
-VERSION = 1
 _TEACHER_WEIGHT = 0.9  # share of the soft targets in the loss
 
 
