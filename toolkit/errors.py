@@ -52,7 +52,7 @@ def disk_errors(folder: Path, what: str) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise StageError(
-                f"no permission to write {error.filename or folder}",
-                "make the folder writable, or choose another (--build DIR)",
+                f"no permission for {error.filename or folder}: {error.strerror}",
+                "change its permissions, or choose another folder (--build DIR)",
             ) from error
         raise
