@@ -81,13 +81,46 @@ def test_budget_resolves() -> None:
     assert config.Flops.parse("60M").resolve(80e6) == 60e6
 
 
-@pytest.mark.parametrize("text", ["resnet21", "torchvision:", "a b:c", "mod:"])
+@pytest.mark.parametrize("text", ["resnet21", "torchvision:", "a b:c", "mod:", "onnx:"])
 def test_unknown_model(text: str) -> None:
     with pytest.raises(UsageError, match="no model is called"):
         config.Model.parse(text)
 
 
-@pytest.mark.parametrize("text", ["digit", "imagefolder", "imagefolder:", "cifar10:x"])
+@pytest.mark.parametrize("text", ["digit", "imagefolder", "imagefolder:", "cifar10:x", "inputs", "none:x"])
 def test_unknown_data(text: str) -> None:
     with pytest.raises(UsageError, match="no data set is called"):
         config.Data.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "mean", "std"),
+    [
+        ((None, None, "0,1"), (0,), (1,)),
+        ((None, None, "0,255"), (0,), (1 / 255,)),
+        ((None, None, "-1,1"), (0.5,), (0.5,)),
+        (("0.5", "0.25,0.25,0.2", None), (0.5,), (0.25, 0.25, 0.2)),
+    ],
+)
+def test_a_range_is_a_mean_and_a_std(
+    options: tuple[str | None, str | None, str | None], mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    assert config.Normalization.parse(*options) == config.Normalization(mean=mean, std=std)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("0.5", None, None), "--mean and --std go together"),
+        (("0.5", "0.5", "0,1"), "--input-range stands beside"),
+        (("0.5,0.5", "0.5", None), "--mean 0.5,0.5 is not one number or three"),
+        (("0.5", "half", None), "--std half is not one number"),
+        (("0.5", "0", None), "not of pixel values between 0 and 1"),
+        (("123.7,116.3,103.5", "58.4,57.1,57.4", None), "not of pixel values between 0 and 1"),
+        (("nan", "0.5", None), "not of pixel values between 0 and 1"),
+    ],
+)
+def test_a_wrong_normalisation(options: tuple[str | None, str | None, str | None], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        config.Normalization.parse(*options)
+    assert error.value.hint

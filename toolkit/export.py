@@ -23,12 +23,11 @@ from toolkit.compression import models
 from toolkit.compression.data import Images
 from toolkit.config import Model
 from toolkit.errors import StageError
+from toolkit.graphs import ABSOLUTE, INPUT, OUTPUT, RELATIVE, difference, run_onnx
 from toolkit.store import Artifact, Work
 
 OPSET = 17  # the newest that TensorRT 8.5 (JetPack 5.1) reads
-INPUT, OUTPUT = "images", "logits"
 _COMPARED_IMAGES = 256
-_ABSOLUTE, _RELATIVE = 1e-3, 1e-3  # fp32 in another order of operations; measured differences are near 1e-5
 
 
 class _WithPreprocessing(nn.Module):
@@ -52,7 +51,9 @@ def export(work: Work, data: Artifact, model: Model, tuned: Artifact) -> dict[st
     The graph's metadata name classes, input size, FLOPs, parameters, accuracy and the hash of the weights.
 
     Returns:
-        ``comparison`` (images, max_absolute, max_relative, top1_agreement), ``opset``, ``bytes``.
+        ``comparison`` (with whom, and what ``graphs.difference`` says), ``opset``, ``bytes``, ``input`` (name,
+        shape after the batch), ``batch`` (``dynamic``), ``outputs`` (shape after the batch), ``accuracy`` (top-1
+        of the network on the test images), ``classes``. An ONNX file that is taken over has the same.
 
     Raises:
         StageError: The network cannot be exported, or ONNX Runtime computes something else than PyTorch.
@@ -97,7 +98,16 @@ def export(work: Work, data: Artifact, model: Model, tuned: Artifact) -> dict[st
     onnx.save(graph, path)
     work.progress(1, 2, "comparing with PyTorch")
     images = np.array(datasets.load(data, "test").first(_COMPARED_IMAGES).images)
-    return {"comparison": compare(wrapped, path, images), "opset": OPSET, "bytes": path.stat().st_size}
+    return {
+        "comparison": {"with": "PyTorch", **compare(wrapped, path, images)},
+        "opset": OPSET,
+        "bytes": path.stat().st_size,
+        "input": {"name": INPUT, "shape": [3, size, size]},
+        "batch": "dynamic",
+        "outputs": [len(classes)],
+        "accuracy": tuned.meta["accuracy"],
+        "classes": classes,
+    }
 
 
 def _weights_hash(network: nn.Module) -> str:
@@ -107,45 +117,27 @@ def _weights_hash(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def run_onnx(model: bytes, images: Images, batch: int = 64) -> list[NDArray[np.float32]]:
-    """Return every output of an ONNX model on uint8 images, on the CPU and without graph optimisations."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    parts = [session.run(None, {INPUT: images[i : i + batch]}) for i in range(0, len(images), batch)]
-    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
-
-
 @torch.no_grad()
 def compare(network: nn.Module, path: Path, images: Images) -> dict[str, Any]:
     """Compare logits of PyTorch and ONNX Runtime on ``(N, 3, S, S)`` uint8 images.
 
     Returns:
-        ``images``, ``max_absolute`` and ``max_relative`` (to the largest logit of the image), ``top1_agreement``.
+        What ``graphs.difference`` says.
 
     Raises:
         StageError: A difference is above tolerance; names the first layer that differs.
     """
     expected = network(torch.from_numpy(images)).numpy()
     (found,) = run_onnx(path.read_bytes(), images)
-    absolute = float(np.abs(expected - found).max())
-    relative = float((np.abs(expected - found).max(1) / np.maximum(np.abs(expected).max(1), 1e-6)).max())
-    if not (absolute <= _ABSOLUTE or relative <= _RELATIVE):
+    apart = difference(expected, found)
+    if not (apart["max_absolute"] <= ABSOLUTE or apart["max_relative"] <= RELATIVE):
         layer = first_difference(network, path, images[:8])
         raise StageError(
-            f"ONNX Runtime and PyTorch differ by {absolute:.3g} (relative {relative:.3g}); "
-            f"the first layer that differs is {layer}",
+            f"ONNX Runtime and PyTorch differ by {apart['max_absolute']:.3g} (relative "
+            f"{apart['max_relative']:.3g}); the first layer that differs is {layer}",
             "look at that layer's ONNX operators, or replace it by one that exports exactly",
         )
-    return {
-        "images": len(images),
-        "max_absolute": float(f"{absolute:.3g}"),
-        "max_relative": float(f"{relative:.3g}"),
-        "top1_agreement": float((expected.argmax(1) == found.argmax(1)).mean()),
-    }
+    return apart
 
 
 @torch.no_grad()
@@ -187,7 +179,7 @@ def first_difference(network: nn.Module, path: Path, images: Images) -> str:
         found = values[node.output[0]]
         candidates = [value for name in [module, *after] for value in recorded[name] if value.shape == found.shape]
         worst = min((np.abs(c - found).max() / max(np.abs(c).max(), 1e-6) for c in candidates), default=0)
-        if not worst <= _RELATIVE:
+        if not worst <= RELATIVE:
             return f"'{module.removeprefix('network.')}' ({node.op_type})"
     return "after the last layer that can be compared"
 

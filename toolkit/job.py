@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.config import Data, Flops, Model, Precision, Profile, Recipe, Target
+from toolkit.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Job:
-    """A workload for a target, within a profile."""
+    """A workload for a target, within a profile.
+
+    Raises:
+        UsageError: Two of its parts do not go together.
+    """
 
     target: Target
     profile: Profile
@@ -22,6 +27,20 @@ class Job:
     fast: bool
     allow_fast: bool
     build: Path
+
+    def __post_init__(self) -> None:
+        if self.model.trainable and not self.data.labelled:
+            raise UsageError(
+                f"the model '{self.model}' is trained, and --data {self.data} has no labels",
+                "give a labelled data set; --data none and inputs:FILE.npy go with --model onnx:FILE",
+            )
+        if self.fast and not self.model.trainable:
+            raise UsageError("an ONNX file is not trained, so that --fast shortens nothing", "leave out --fast")
+        if self.precision == "int8" and self.data.kind == "none":
+            raise UsageError(
+                "int8 is calibrated on images, and --data none has only noise",
+                "give inputs like the network's own: --data inputs:FILE.npy",
+            )
 
     @property
     def recipe(self) -> Recipe:

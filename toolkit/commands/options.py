@@ -42,10 +42,15 @@ build_folder = click.option(
 _OPTIONS = (
     click.argument("target", shell_complete=complete("targets")),
     click.option("--model", default="resnet20", show_default=True, metavar="MODEL",
-                 help="resnet20, torchvision:NAME or package.module:factory."),
+                 help="resnet20, torchvision:NAME, package.module:factory or onnx:FILE."),
     click.option("--data", default="digits", show_default=True, metavar="DATA",
-                 help="digits, cifar10 or imagefolder:PATH."),
+                 help="digits, cifar10 or imagefolder:PATH; with an ONNX file also inputs:FILE.npy or none."),
     click.option("--weights", type=click.Path(), help="Start from this checkpoint (safetensors or state dict)."),
+    click.option("--mean", metavar="NUMBERS",
+                 help="Pixel mean, 0 to 1, that an ONNX file expects: one number or three."),
+    click.option("--std", metavar="NUMBERS", help="Pixel standard deviation that goes with --mean."),
+    click.option("--input-range", type=click.Choice(["0,1", "0,255", "-1,1"]),
+                 help="Pixel range that an ONNX file expects, instead of --mean and --std."),
     click.option("--profile", shell_complete=complete("profiles"), help="Profile instead of the target's own."),
     click.option("--flops", metavar="BUDGET", help="FLOPs budget, as 60M or 75%."),
     click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Precision of the engine."),
@@ -76,6 +81,9 @@ def job_from(
     model: str,
     data: str,
     weights: str | None,
+    mean: str | None,
+    std: str | None,
+    input_range: str | None,
     profile: str | None,
     flops: str | None,
     precision: str | None,
@@ -100,6 +108,8 @@ def job_from(
     if host is not None:
         chosen = chosen.model_copy(update={"host": host})
     settings = config.load_profile(profile or chosen.profile)
+    if flops is not None and model.startswith("onnx:"):
+        raise UsageError("an ONNX file is not pruned to a budget", "leave out --flops")
     try:
         budget = settings.flops if flops is None else config.Flops.parse(flops)
     except ValueError as error:
@@ -107,7 +117,7 @@ def job_from(
     return Job(
         target=chosen,
         profile=settings,
-        model=config.Model.parse(model, weights),
+        model=config.Model.parse(model, weights, config.Normalization.parse(mean, std, input_range)),
         data=config.Data.parse(data, skip_bad_images=skip_bad_images),
         precision=cast(config.Precision, precision or settings.precision),
         budget=budget,

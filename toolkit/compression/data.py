@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from toolkit.config import Data
 from toolkit.errors import StageError, UsageError
-from toolkit.store import Artifact, Work, write_json
+from toolkit.store import Artifact, Work, sha256_file, write_json
 
 SPLITS = ("train", "val", "test")
 _SPLIT_SEED = 20_240_501  # the split is part of the data: it does not follow the run's seed
+_RANDOM_IMAGES = 256
 _LITTER = {"Thumbs.db", "desktop.ini"}
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -45,9 +46,15 @@ class Split:
 def load(artifact: Artifact, split: str) -> Split:
     """Open one split of a ``data`` artifact without reading it into memory."""
     return Split(
-        np.load(artifact.file(f"{split}.images.npy"), mmap_mode="r"),
+        load_images(artifact, split),
         np.load(artifact.file(f"{split}.labels.npy"), mmap_mode="r"),
     )
+
+
+def load_images(artifact: Artifact, split: str) -> Images:
+    """Open the images of a split, ``(N, 3, S, S)`` uint8; they may be without labels."""
+    images: Images = np.load(artifact.file(f"{split}.images.npy"), mmap_mode="r")
+    return images
 
 
 # --- what the key of the data is made of -------------------------------------------------------------------
@@ -65,8 +72,13 @@ def fingerprint(data: Data, index: Path, *, remember: bool) -> dict[str, Any]:
         remember: Whether to write what was found out to it.
 
     Raises:
-        UsageError: The folder is missing, or its layout is wrong.
+        UsageError: The folder or file is missing, or the folder's layout is wrong.
     """
+    if data.kind == "inputs":
+        path = Path(str(data.path)).expanduser()
+        if not path.is_file():
+            raise UsageError(f"the file of inputs {path} does not exist", "give --data inputs:FILE.npy")
+        return {"kind": data.kind, "content": sha256_file(path)}
     if data.kind != "imagefolder":
         return {"kind": data.kind}
     layout = _image_folder(Path(str(data.path)).expanduser())
@@ -99,15 +111,19 @@ def prepare(work: Work, data: Data, size: int, downloads: Path) -> dict[str, Any
     """Write all splits of a data set as arrays.
 
     Args:
-        work: Receives ``{train,val,test}.{images,labels}.npy``: uint8 ``(N, 3, size, size)`` and int64 ``(N,)``.
+        work: Receives ``{train,val,test}.{images,labels}.npy``: uint8 ``(N, 3, size, size)`` and int64 ``(N,)``;
+            without labels only ``test.images.npy``, and ``train.images.npy`` of the user's own inputs.
         data: Which data set.
         size: Edge length in pixels that every image is brought to.
         downloads: Where ``cifar10`` keeps its files.
 
     Returns:
         ``classes`` (names), ``counts`` (images a split), ``mean`` and ``std`` (of the training images, a
-        channel, on a scale of 0 to 1), ``skipped`` (files left out), ``input_size``.
+        channel, on a scale of 0 to 1), ``skipped`` (files left out), ``input_size``. Without labels ``classes``
+        is empty, and there is no ``mean`` and ``std``.
     """
+    if not data.labelled:
+        return _prepare_unlabelled(work, data, size)
     skipped: list[str] = []
     if data.kind == "digits":
         classes, parts = _digits(size)
@@ -133,6 +149,43 @@ def prepare(work: Work, data: Data, size: int, downloads: Path) -> dict[str, Any
         "skipped": skipped,
         "input_size": size,
     }
+
+
+def _prepare_unlabelled(work: Work, data: Data, size: int) -> dict[str, Any]:
+    """Write inputs without labels: the even-numbered ones calibrate, the odd ones test; random ones only test."""
+    if data.kind == "none":
+        shape = (_RANDOM_IMAGES, 3, size, size)
+        parts = {"test": np.random.default_rng(_SPLIT_SEED).integers(0, 256, shape, np.uint8)}
+    else:
+        images = _read_inputs(Path(str(data.path)).expanduser(), size)
+        parts = {"train": images[::2], "test": images[1::2]}
+    for split, images in parts.items():
+        np.save(work.out / f"{split}.images.npy", np.ascontiguousarray(images))
+    return {
+        "classes": [],
+        "counts": {split: len(parts.get(split, ())) for split in SPLITS},
+        "skipped": [],
+        "input_size": size,
+    }
+
+
+def _read_inputs(path: Path, size: int) -> Images:
+    expected = f"expected uint8 images, (N, 3, {size}, {size}) or (N, {size}, {size}, 3), saved by numpy.save"
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path} is not a NumPy file: {error}", expected) from error
+    if not isinstance(images, np.ndarray):  # numpy.savez
+        raise UsageError(f"{path} holds several arrays", expected)
+    if images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
+        images = images.transpose(0, 3, 1, 2)
+    if images.dtype != np.uint8 or images.shape[1:] != (3, size, size):
+        raise UsageError(f"{path} holds {images.dtype} of the shape {images.shape}", expected)
+    if len(images) < 2:
+        raise UsageError(
+            f"{path} holds {len(images)} image", "give two or more: one half calibrates, the other tests"
+        )
+    return images
 
 
 Parts = dict[str, tuple[Images, Labels]]

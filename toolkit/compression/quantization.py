@@ -29,25 +29,25 @@ def quantize(
 
     Args:
         work: Output.
-        data: Its training images calibrate; no other split is opened.
+        data: Its training images, or the half of the user's inputs, calibrate; no other split is opened.
         exported: The fp32 graph.
         precision: ``fp16`` casts the graph, ``int8`` adds Q/DQ nodes.
         spelling: Whose Q/DQ: ``onnxruntime`` wants uint8 activations and int32 biases on all operators,
             ``tensorrt`` takes symmetric int8 only, with float biases.
-        images: How many training images calibrate.
+        images: How many images calibrate.
 
     Returns:
-        ``precision``, ``spelling``, ``calibration_images``, ``bytes``.
+        ``precision``, ``spelling``, ``calibration_images``, ``bytes``; ``input`` and ``batch`` of the fp32 graph.
     """
     source, target = exported.file("model.onnx"), work.out / "model.onnx"
     used = 0
     if precision == "fp16":
         onnx.save(_to_fp16(onnx.load(source)), target)
     else:
-        split = datasets.load(data, "train").first(images)
-        used = len(split)
+        chosen = datasets.load_images(data, "train")[:images]
+        used = len(chosen)
         try:
-            _to_int8(source, target, split.images, spelling, work)
+            _to_int8(source, target, chosen, 32 if exported.meta["batch"] == "dynamic" else 1, spelling, work)
         except Exception as error:
             raise StageError(
                 f"the graph cannot be quantised to int8: {type(error).__name__}: {str(error).splitlines()[0]}",
@@ -60,6 +60,8 @@ def quantize(
         "spelling": spelling,
         "calibration_images": used,
         "bytes": target.stat().st_size,
+        "input": exported.meta["input"],
+        "batch": exported.meta["batch"],
     }
 
 
@@ -75,20 +77,24 @@ def _to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 class _Calibration:
     """Hands images to ONNX Runtime's calibrator, a batch at a time."""
 
-    def __init__(self, images: NDArray[np.uint8], name: str, work: Work) -> None:
-        self._batches = self._iterate(images, name, work)
+    def __init__(self, images: NDArray[np.uint8], batch: int, name: str, work: Work) -> None:
+        self._batches = self._iterate(images, batch, name, work)
 
     @staticmethod
-    def _iterate(images: NDArray[np.uint8], name: str, work: Work) -> Iterator[dict[str, NDArray[np.uint8]]]:
-        for start in range(0, len(images), 32):
+    def _iterate(
+        images: NDArray[np.uint8], batch: int, name: str, work: Work
+    ) -> Iterator[dict[str, NDArray[np.uint8]]]:
+        for start in range(0, len(images), batch):
             work.progress(start, len(images), "calibrating")
-            yield {name: np.array(images[start : start + 32])}
+            yield {name: np.array(images[start : start + batch])}
 
     def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
         return next(self._batches, None)
 
 
-def _to_int8(source: Path, target: Path, images: NDArray[np.uint8], spelling: Spelling, work: Work) -> None:
+def _to_int8(
+    source: Path, target: Path, images: NDArray[np.uint8], batch: int, spelling: Spelling, work: Work
+) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -110,7 +116,7 @@ def _to_int8(source: Path, target: Path, images: NDArray[np.uint8], spelling: Sp
         quantize_static(
             str(prepared),
             str(target),
-            _Calibration(images, name, work),
+            _Calibration(images, batch, name, work),
             quant_format=QuantFormat.QDQ,
             weight_type=QuantType.QInt8,
             per_channel=True,

@@ -1,0 +1,63 @@
+"""ONNX graphs as the toolkit makes them: run on the host, and held against something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolkit.store import Progress
+
+INPUT, OUTPUT = "images", "logits"
+ABSOLUTE, RELATIVE = 1e-3, 1e-3  # fp32 in another order of operations; measured differences are near 1e-5
+
+Array = NDArray[Any]
+
+
+def run_onnx(
+    model: bytes, images: Array, batch: int = 64, progress: Progress = lambda done, total, text: None
+) -> list[Array]:
+    """Return every output of an ONNX model with one input, on the CPU and without graph optimisations.
+
+    Args:
+        model: The serialised model.
+        images: ``(N, ...)`` in the type that the model takes.
+        batch: Images a call; N need not be a multiple of it.
+        progress: Told how far it is.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4  # whatever is wrong is in the exception
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    parts = []
+    for start in range(0, len(images), batch):
+        progress(start, len(images), "ONNX Runtime")
+        parts.append(session.run(None, {name: images[start : start + batch]}))
+    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def difference(expected: Array, found: Array) -> dict[str, Any]:
+    """Say how far two results for the same images, ``(N, ...)`` floats, are apart.
+
+    Returns:
+        ``images``, ``max_absolute`` and ``max_relative`` (to the largest value of the image), and
+        ``top1_agreement``, None unless the results are ``(N, classes)``.
+    """
+    first, second = (np.asarray(value, np.float32).reshape(len(value), -1) for value in (expected, found))
+    apart = np.abs(first - second)
+    relative = apart.max(1) / np.maximum(np.abs(first).max(1), 1e-6)
+    return {
+        "images": len(expected),
+        "max_absolute": float(f"{apart.max():.3g}"),
+        "max_relative": float(f"{relative.max():.3g}"),
+        "top1_agreement": top1(expected.argmax(1), found) if expected.ndim == 2 else None,
+    }
+
+
+def top1(labels: Array, logits: Array) -> float:
+    """Return the share of images, 0 to 1, whose largest of ``(N, classes)`` logits is at the label."""
+    return float((logits.argmax(1) == labels).mean())
