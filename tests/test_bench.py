@@ -13,6 +13,7 @@ BENCH: dict[str, Any] = {
     "latency_ms": {"p50": 1.0, "p90": 2.0, "p99": 3.0},
     "throughput": {"samples_per_s": 900.0, "batch": 8},
     "accuracy": 0.95,
+    "not_measured": {},
     "peak_memory_bytes": 100_000_000,
 }
 
@@ -65,11 +66,35 @@ def test_one_broken_clause_breaks_the_contract() -> None:
     assert verdict.lines[1].reason == "100 samples/s below the limit of 1,000 samples/s"
 
 
-def test_an_unsupported_percentile_breaks_the_contract_with_its_reason() -> None:
+def test_an_unsupported_percentile_is_undecided_with_its_reason() -> None:
     bench = BENCH | {"samples": 100, "latency_ms": {"p50": 1.0, "p90": 2.0, "p99": None}}
     (line,) = contract.judge(Contract(latency_p99="1 s"), bench, 0.98, 1).lines
     assert not line.passed
+    assert line.status == "undecided"
     assert line.reason == "100 samples, and p99 needs 299"
+
+
+UNLABELLED = BENCH | {"accuracy": None, "not_measured": {"accuracy": "the data have no labels"}}
+
+
+@pytest.mark.parametrize("clause", ["min_accuracy", "max_accuracy_drop"])
+def test_a_clause_on_an_accuracy_that_was_not_measured_is_undecided(clause: str) -> None:
+    verdict = contract.judge(Contract(**{clause: "50 %"}), UNLABELLED, None, 1)
+    (line,) = verdict.lines
+    assert (line.status, line.measured) == ("undecided", None)
+    assert line.reason == "not measured: the data have no labels"
+    assert (verdict.status, verdict.passed) == ("undecided", False)
+    assert verdict.as_json()["lines"][0]["passed"] is False
+
+
+def test_a_broken_clause_counts_more_than_an_undecided_one() -> None:
+    for limit, status in (("2 ms", "undecided"), ("1 us", "failed")):
+        clauses = Contract(latency_p50=limit, min_accuracy="50 %")
+        assert contract.judge(clauses, UNLABELLED, None, 1).status == status
+
+
+def test_without_a_clause_on_it_an_accuracy_may_be_missing() -> None:
+    assert contract.judge(Contract(latency_p50="2 ms"), UNLABELLED, None, 1).passed
 
 
 def test_an_empty_contract_is_kept() -> None:

@@ -13,6 +13,12 @@ from tests.conftest import PROFILE, TARGET, Toolkit, run_toolkit, write_job
 
 HEAVY = ("torch", "modelopt", "onnx", "onnxruntime", "paramiko", "numpy", "pydantic", "matplotlib", "sklearn")
 ROOT = Path(__file__).parent.parent
+ONNX = [
+    "run",
+    "tiny",
+    "--model",
+    "onnx:profiles/tiny.yaml",
+]  # any file that exists: what is refused comes before it
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["targets", "--help"]])
@@ -82,6 +88,15 @@ def test_targets_and_profiles(toolkit: Toolkit, job: Path) -> None:
         (["run", "tiny", "--weights", "nowhere.pt"], ["the checkpoint 'nowhere.pt' is not a file"]),
         (["run", "tiny", "--precision", "fp8"], ["'fp8' is not one of 'fp32', 'fp16', 'int8'"]),
         (["run", "tiny", "--rerun", "trian"], ["'trian' is not one of", "train"]),
+        (["run", "tiny", "--model", "onnx:nowhere.onnx"], ["the ONNX file 'nowhere.onnx' does not exist"]),
+        (["run", "tiny", "--model", "onnx:profiles/tiny.yaml", "--data", "none"], ["is not an ONNX file"]),
+        (["run", "tiny", "--input-range", "-1,1"], ["are for an ONNX file", "leave them out"]),
+        (["run", "tiny", "--data", "none"], ["is trained, and --data none has no labels", "--model onnx:FILE"]),
+        (["run", "tiny", "--data", "inputs:x.npy"], ["inputs:x.npy has no labels", "give a labelled data set"]),
+        ([*ONNX, "--weights", "profiles/tiny.yaml"], ["brings its own weights"]),
+        ([*ONNX, "--flops", "50%"], ["is not pruned to a budget"]),
+        ([*ONNX, "--fast"], ["--fast shortens nothing"]),
+        ([*ONNX, "--data", "none", "--precision", "int8"], ["has only noise", "--data inputs:FILE.npy"]),
         (["run"], ["Missing argument 'TARGET'"]),
         (["rum", "tiny"], ["no command is called 'rum'; did you mean 'run'?"]),
         (["profiles", "show", "a10"], ["no profile is called 'a10'", "a100"]),

@@ -151,7 +151,7 @@ def test_the_current_release_that_breaks_its_contract_gives_way_to_the_previous(
     code = (
         "import json, sys\nfrom dataclasses import replace\nfrom toolkit.bench import contract\n"
         "judge = contract.judge\n"
-        "contract.judge = lambda *a: replace(judge(*a), passed=False)\n"
+        "contract.judge = lambda *a: replace(judge(*a), status='failed')\n"
         "from toolkit.cli import cli\ncli(['run', 'tiny', '--precision', 'int8', '--json'])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=finished_copy, capture_output=True, text=True)

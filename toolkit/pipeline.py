@@ -6,7 +6,7 @@ line: configuration, input artifacts, and the function that makes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit import compression, engines
@@ -28,13 +28,29 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Networks:
-    """What compression leaves: the data, the network at each step, and the graph to build from."""
+    """What compression leaves; a user's ONNX file was never a network of ours, so that three of them are None.
+
+    Attributes:
+        data: The images, and what is known of them.
+        baseline: The unpruned network.
+        pruned: The pruned one.
+        tuned: The pruned one after fine-tuning.
+        exported: The fp32 graph, which device and host are held against.
+        graph: What the engine is built from: ``exported``, or the same in another precision.
+    """
 
     data: Artifact
-    baseline: Artifact
-    pruned: Artifact
-    tuned: Artifact
+    baseline: Artifact | None
+    pruned: Artifact | None
+    tuned: Artifact | None
+    exported: Artifact
     graph: Artifact
+
+    @property
+    def reference_accuracy(self) -> float | None:
+        """Accuracy that a drop is counted from, 0 to 1; None where the data have no labels."""
+        accuracy: float | None = (self.baseline or self.exported).meta["accuracy"]
+        return accuracy
 
 
 def run(job: Job, stages: Runner) -> None:
@@ -52,9 +68,7 @@ def run(job: Job, stages: Runner) -> None:
     release = compose(job, networks.data, engine)
     pushed = push(stages, release, device)
     bench = stages.need(measure(job, stages, networks, engine, release, device))
-    verdict = contract.judge(
-        job.profile.contract, bench.meta, networks.baseline.meta["accuracy"], engine.meta["bytes"]
-    )
+    verdict = contract.judge(job.profile.contract, bench.meta, networks.reference_accuracy, engine.meta["bytes"])
     stages.judged(verdict)
     report(stages, networks, bench)
     stages.committed(commit(job, stages, verdict, release, device, pushed))
@@ -62,17 +76,64 @@ def run(job: Job, stages: Runner) -> None:
 
 def compress(job: Job, stages: Runner) -> Networks:
     """Train, prune, fine-tune, export and quantise: all that does not depend on a device."""
-    profile, recipe, seed = job.profile, job.recipe, job.seed
-    size, divisor = profile.input_size, profile.channel_divisor
-    content = compression.data.fingerprint(job.data, stages.store.root / ".index", remember=stages.writes)
-    model = {"model": compression.sources.identify(job.model)}
+    networks = shrink(job, stages) if job.model.trainable else adopt(job, stages)
+    if job.precision == "fp32":
+        stages.skip("quantize", "not needed for fp32")
+        return networks
+    spelling, images = engines.find(job.target.runtime).spelling, job.profile.calibration_images
+    data, exported = networks.data, networks.exported
+    graph = stages.make(
+        "quantize",
+        {"precision": job.precision, "spelling": spelling, "images": images},
+        {"data": data, "exported": exported},
+        lambda work: compression.quantization.quantize(work, data, exported, job.precision, spelling, images),
+        amount=1,
+    )
+    return replace(networks, graph=graph)
 
-    data = stages.make(
+
+def adopt(job: Job, stages: Runner) -> Networks:
+    """Take over a user's ONNX file, which is neither trained nor pruned."""
+    from toolkit import adopt as onnx_file  # onnx with it
+
+    why = "not needed: the model is an ONNX file"
+    source = onnx_file.read(job.model, job.profile.input_size, job.precision)
+    data = prepare(job, stages, source.size)
+    for name in ("check", "train", "prune", "finetune"):
+        stages.skip(name, why)
+    normalization = job.model.normalization and job.model.normalization.model_dump()
+    exported = stages.make(
+        "export",
+        {
+            "model": {"source": "onnx", "content": source.digest},
+            "normalization": normalization,
+            "size": source.size,
+        },
+        {"data": data},
+        lambda work: onnx_file.adopt(work, data, job.model, source),
+        amount=1,
+    )
+    return Networks(data, None, None, None, exported, exported)
+
+
+def prepare(job: Job, stages: Runner, size: int) -> Artifact:
+    """Read the data, every image brought to ``size`` pixels."""
+    content = compression.data.fingerprint(job.data, stages.store.root / ".index", remember=stages.writes)
+    return stages.make(
         "data",
         {"data": content, "size": size},
         {},
         lambda work: compression.data.prepare(work, job.data, size, job.build / "downloads"),
     )
+
+
+def shrink(job: Job, stages: Runner) -> Networks:
+    """Train a network, prune it to the budget, fine-tune and export it."""
+    profile, recipe, seed = job.profile, job.recipe, job.seed
+    divisor = profile.channel_divisor
+    model = {"model": compression.sources.identify(job.model)}
+
+    data = prepare(job, stages, profile.input_size)
     check = stages.make(
         "check",
         model | {"divisor": divisor},
@@ -125,20 +186,7 @@ def compress(job: Job, stages: Runner) -> Networks:
         lambda work: _export(work, data, job.model, tuned),
         amount=1,
     )
-    if job.precision == "fp32":
-        stages.skip("quantize", "not needed for fp32")
-        return Networks(data, baseline, pruned, tuned, exported)
-    spelling = engines.find(job.target.runtime).spelling
-    graph = stages.make(
-        "quantize",
-        {"precision": job.precision, "spelling": spelling, "images": profile.calibration_images},
-        {"data": data, "exported": exported},
-        lambda work: compression.quantization.quantize(
-            work, data, exported, job.precision, spelling, profile.calibration_images
-        ),
-        amount=1,
-    )
-    return Networks(data, baseline, pruned, tuned, graph)
+    return Networks(data, baseline, pruned, tuned, exported, exported)
 
 
 def _export(work: Work, data: Artifact, model: Model, tuned: Artifact) -> dict[str, Any]:
@@ -161,7 +209,12 @@ def build(job: Job, stages: Runner, networks: Networks, device: Device, builder:
         },
         {"graph": networks.graph},
         lambda work: builder(
-            work, networks.graph, job.target, Agent(device), job.precision, job.profile.input_size
+            work,
+            networks.graph,
+            job.target,
+            Agent(device),
+            job.precision,
+            networks.graph.meta["input"]["shape"][-1],
         ),
         amount=1,
     )
@@ -189,15 +242,17 @@ def measure(
     """Have the agent measure the release on the device."""
     from toolkit.bench import statistics
 
-    facts = device.facts()
+    data, exported, facts = networks.data, networks.exported, device.facts()
     settings = {
         "warmup_ms": job.profile.benchmark.warmup,
         "duration_ms": job.profile.benchmark.duration,
         "queries": job.profile.benchmark.queries,
-        "batches": job.profile.benchmark.batches,
+        "batches": job.profile.benchmark.batches if exported.meta["batch"] == "dynamic" else [1],
     }
 
     def make(work: Work) -> dict[str, Any]:
+        from toolkit.bench.agreement import agreement
+
         result = delivery.bench(release, Agent(device), settings, work.out, work.progress)
         latencies = statistics.load(work.out / "latencies.npy")
         best = max(result["throughput"], key=lambda entry: float(entry["samples_per_s"]))
@@ -207,6 +262,7 @@ def measure(
             "latency_ms": statistics.summarise(latencies),
             "throughput": best,
             "batches": result["throughput"],
+            "agreement": agreement(exported, data, work.out / "logits.npy", work.progress),
             "device": {key: facts[key] for key in ("arch", "cpu", "cores", "os", "runtimes")},
         }
 
@@ -215,7 +271,7 @@ def measure(
         "agent": sha256_text(pack().hex()),
         "device": [device.name, facts["arch"], facts["cpu"], facts["cores"], facts["runtimes"]],
     }
-    return stages.make("bench", config, {"engine": engine, "data": networks.data}, make, amount=1)
+    return stages.make("bench", config, {"engine": engine, "data": data, "exported": exported}, make, amount=1)
 
 
 def report(stages: Runner, networks: Networks, bench: Artifact) -> None:
@@ -227,7 +283,7 @@ def report(stages: Runner, networks: Networks, bench: Artifact) -> None:
         return figures.draw(work.out, networks.baseline, networks.pruned, networks.tuned, bench)
 
     inputs = {"baseline": networks.baseline, "pruned": networks.pruned, "tuned": networks.tuned, "bench": bench}
-    stages.make("report", {}, inputs, make)
+    stages.make("report", {}, {name: artifact for name, artifact in inputs.items() if artifact}, make)
 
 
 def commit(
@@ -235,7 +291,9 @@ def commit(
 ) -> Commitment:
     """Make the release current when it has kept its contract; otherwise leave, or go back to, what was."""
     current, previous = pushed.current, pushed.previous
-    if not verdict.passed:
+    if verdict.status == "undecided":
+        return Commitment(False, "the contract is undecided; what was current stays", current, previous)
+    if verdict.status == "failed":
         if current == release.id and previous is not None:
             delivery.switch(previous, Agent(device))
             return Commitment(False, f"the contract is broken; back to release {previous}", previous, current)

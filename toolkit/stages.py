@@ -29,10 +29,10 @@ VERSIONS = {
     "train": 1,
     "prune": 1,
     "finetune": 1,
-    "export": 1,
-    "quantize": 1,
+    "export": 2,
+    "quantize": 2,
     "build": 1,
-    "bench": 1,
+    "bench": 2,
     "report": 1,
 }
 

@@ -74,7 +74,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     """Build an engine from an ONNX file.
 
     Args:
-        request: ``onnx`` (path), ``out`` (folder), ``threads``, ``precision``, ``input_size``.
+        request: ``onnx`` (path), ``out`` (folder), ``threads``, ``precision``, ``input_size``, ``batch`` (of the
+            trial run).
 
     Returns:
         What is written to ``engine.json`` beside the engine: runtime, file, provider, session settings,
@@ -85,7 +86,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     path = os.path.join(request["out"], name)
     session = Session(request["onnx"], request["threads"], optimize=True, save_to=path)
     size = request["input_size"]
-    logits = session.run(np.zeros((2, 3, size, size), np.uint8))
+    logits = session.run(np.zeros((request["batch"], 3, size, size), np.uint8))
     if not np.isfinite(logits).all():
         raise Refusal("the engine computes values that are not numbers", "use another --precision")
     engine = {

@@ -60,9 +60,10 @@ def compose(engine: Artifact, data: Artifact, *, about: dict[str, Any], fast: bo
     content = {"agent.pyz": pack()}
     sources = {name: engine.file(name) for name in engine.files}
     hashes = {name: engine.sha256(name) for name in engine.files}
-    for name, file in (("images.npy", "test.images.npy"), ("labels.npy", "test.labels.npy")):
-        sources[f"evaluation/{name}"] = data.file(file)
-        hashes[f"evaluation/{name}"] = data.sha256(file)
+    for name in ("images.npy", "labels.npy"):
+        if f"test.{name}" in data.files:  # labels may be missing
+            sources[f"evaluation/{name}"] = data.file(f"test.{name}")
+            hashes[f"evaluation/{name}"] = data.sha256(f"test.{name}")
     files = {name: {"sha256": hashes[name], "bytes": path.stat().st_size} for name, path in sources.items()}
     for name, packed in content.items():
         files[name] = {"sha256": hashlib.sha256(packed).hexdigest(), "bytes": len(packed)}

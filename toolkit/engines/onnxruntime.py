@@ -29,6 +29,7 @@ def build(
             "threads": target.threads,
             "precision": precision,
             "input_size": input_size,
+            "batch": 2 if graph.meta["batch"] == "dynamic" else 1,
         }
         engine = agent.ask("build", request, progress=work.progress)
         for name in FILES:

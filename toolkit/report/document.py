@@ -12,8 +12,8 @@ from toolkit.stages import Runner
 
 SCHEMA = Path(__file__).with_name("run.schema.json")
 _BENCH = (
-    "scenario", "samples", "latency_ms", "throughput", "batches", "accuracy", "images", "peak_memory_bytes",
-    "load_ms", "first_ms", "provider", "device",
+    "scenario", "samples", "latency_ms", "throughput", "batches", "accuracy", "not_measured", "agreement", "images",
+    "peak_memory_bytes", "load_ms", "first_ms", "provider", "device",
 )  # fmt: skip
 
 

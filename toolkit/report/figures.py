@@ -35,8 +35,10 @@ _STYLE = {
 }
 
 
-def draw(out: Path, baseline: Artifact, pruned: Artifact, tuned: Artifact, bench: Artifact) -> dict[str, Any]:
-    """Write one SVG a picture.
+def draw(
+    out: Path, baseline: Artifact | None, pruned: Artifact | None, tuned: Artifact | None, bench: Artifact
+) -> dict[str, Any]:
+    """Write one SVG a picture; a user's ONNX file has none of networks and training.
 
     Returns:
         ``figures``: file names, in the order of the page.
@@ -44,11 +46,13 @@ def draw(out: Path, baseline: Artifact, pruned: Artifact, tuned: Artifact, bench
     latencies = statistics.load(bench.file("latencies.npy")) / 1e6
     with mpl.rc_context(_STYLE):
         pictures = {
-            "before-after.svg": _before_after(baseline.meta, tuned.meta),
+            "before-after.svg": _before_after(baseline.meta, tuned.meta) if baseline and tuned else "",
             "latency.svg": _latency(latencies, bench.meta["latency_ms"]),
             "latency-over-time.svg": _over_time(latencies),
-            "widths.svg": _widths(pruned.meta["widths"]),
-            "training.svg": _training(baseline.meta["history"], tuned.meta["history"]),
+            "widths.svg": _widths(pruned.meta["widths"]) if pruned else "",
+            "training.svg": _training(baseline.meta["history"], tuned.meta["history"])
+            if baseline and tuned
+            else "",
         }
     kept = {name: svg for name, svg in pictures.items() if svg}
     for name, svg in kept.items():

@@ -12,6 +12,7 @@ from toolkit.bench.contract import show
 from toolkit.stages import Done
 from toolkit.store import Artifact
 
+_WORDS = {"passed": "kept", "failed": "broken", "undecided": "undecided"}
 _CAPTIONS = {
     "before-after.svg": "The network before and after pruning and fine-tuning",
     "latency.svg": "Latency of single queries (SingleStream): histogram, and share of queries at most so slow",
@@ -42,7 +43,7 @@ def write(folder: Path, document: dict[str, Any], stages: list[Done], pictures: 
         {"caption": _CAPTIONS[name], "svg": pictures.file(name).read_text(encoding="utf-8")}
         for name in pictures.meta["figures"]
     ]
-    values = {"run": document, "figures": figures, "stages": stages}
+    values = {"run": document, "figures": figures, "stages": stages, "words": _WORDS}
     for template, name in (("page.html.j2", "report.html"), ("page.md.j2", "report.md")):
         text = environment.get_template(template).render(values)
         (folder / name).write_text(text, encoding="utf-8")

@@ -15,6 +15,11 @@ def describe(stage: str, meta: Mapping[str, Any]) -> str:
 
 
 def _data(meta: Mapping[str, Any]) -> str:
+    if not meta["classes"]:
+        calibration = (
+            f"{meta['counts']['train']:,} images to calibrate, " if meta["counts"]["train"] else "random: "
+        )
+        return f"{calibration}{meta['counts']['test']:,} to test, without labels"
     counts = " + ".join(f"{meta['counts'][split]:,}" for split in ("train", "val", "test"))
     left_out = f", {len(meta['skipped'])} bad files left out" if meta["skipped"] else ""
     return f"{counts} images (train + val + test), {len(meta['classes'])} classes{left_out}"
@@ -39,14 +44,20 @@ def _prune(meta: Mapping[str, Any]) -> str:
 
 def _export(meta: Mapping[str, Any]) -> str:
     compared = meta["comparison"]
-    return (
-        f"opset {meta['opset']}, {units.size(meta['bytes'])}, differs from PyTorch by at most "
-        f"{compared['max_absolute']:.1g}, same top-1 on {compared['top1_agreement']:.1%}"
-    )
+    parts = [
+        f"opset {meta['opset']}",
+        units.size(meta["bytes"]),
+        f"differs from {compared['with']} by at most {compared['max_absolute']:.1g}",
+    ]
+    if compared["top1_agreement"] is not None:
+        parts.append(f"same top-1 on {compared['top1_agreement']:.1%}")
+    if meta["batch"] != "dynamic":
+        parts.append("batch 1 only: the graph does not bear another")
+    return ", ".join(parts)
 
 
 def _quantize(meta: Mapping[str, Any]) -> str:
-    images = f", calibrated on {meta['calibration_images']} training images" if meta["calibration_images"] else ""
+    images = f", calibrated on {meta['calibration_images']} images" if meta["calibration_images"] else ""
     return f"{meta['precision']} for {meta['spelling']}, {units.size(meta['bytes'])}{images}"
 
 
@@ -64,8 +75,18 @@ def _bench(meta: Mapping[str, Any]) -> str:
     rate = meta["throughput"]
     return (
         f"p50 / p90 / p99 {shown} ms, {rate['samples_per_s']:,.0f} samples/s at batch {rate['batch']}, "
-        f"accuracy {meta['accuracy']:.2%}"
+        f"{_quality(meta)}"
     )
+
+
+def _quality(meta: Mapping[str, Any]) -> str:
+    """Return the accuracy, or what stands in its place."""
+    if meta["accuracy"] is not None:
+        return f"accuracy {meta['accuracy']:.2%}"
+    agreement = meta["agreement"]
+    if agreement["top1"] is not None:
+        return f"same top-1 as ONNX Runtime fp32 on {agreement['top1']:.1%}"
+    return f"differs from ONNX Runtime fp32 by at most {agreement['max_absolute']:.1g}"
 
 
 _DESCRIBE: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -89,11 +110,11 @@ def summary(document: Mapping[str, Any]) -> str:
         lines.append("FAST RUN: a short recipe on part of the data; its accuracy is not the model's best")
     verdict = document["verdict"]
     if verdict:
-        lines.append(f"contract  {'passed' if verdict['passed'] else 'FAILED'}")
+        lines.append(f"contract  {'passed' if verdict['passed'] else verdict['status'].upper()}")
         for line in verdict["lines"]:
-            mark = "ok    " if line["passed"] else "FAILED"
+            mark = "ok" if line["passed"] else line["status"].upper()
             measured = show(line["measured"], line["unit"])
-            lines.append(f"  {mark}  {line['what']:<14} {measured:>16}   {line['reason']}")
+            lines.append(f"  {mark:<9}  {line['what']:<14} {measured:>16}   {line['reason']}")
     if document["commit"]:
         commit = document["commit"]
         state = "committed" if commit["committed"] else "not committed"
