@@ -278,11 +278,12 @@ def test_an_input_that_is_no_image_is_named(tmp_path: Path, kind: int, shape: li
         adopt.read(model(tmp_path / "net.onnx"), SIZE, "fp32")
 
 
+@pytest.mark.parametrize("name", ["net.onnx", "net.json"])
 @pytest.mark.parametrize("content", [b"", b"not a network\n", None])
-def test_what_is_no_onnx_file_is_named(tmp_path: Path, content: bytes | None) -> None:
-    path = network(tmp_path / "net.onnx")
+def test_what_is_no_onnx_file_is_named(tmp_path: Path, name: str, content: bytes | None) -> None:
+    path = network(tmp_path / "net.onnx").rename(tmp_path / name)
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(UsageError, match=r"net\.onnx is not") as error:
+    with pytest.raises(UsageError, match=rf"{name} is not") as error:
         adopt.read(model(path), SIZE, "fp32")
     assert error.value.hint == "export it again"
 

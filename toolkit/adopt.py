@@ -122,7 +122,7 @@ def _parse(path: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.load(path, load_external_data=False)
+        return onnx.load(path, format="protobuf", load_external_data=False)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
     except DecodeError:
@@ -220,7 +220,7 @@ def adopt(work: Work, data: Artifact, model: Model, source: Source) -> dict[str,
         UsageError: ONNX Runtime does not take the file, or its output does not fit the data's classes.
         StageError: What was written computes something else than the file.
     """
-    original = onnx.load(source.path)
+    original = onnx.load(source.path, format="protobuf")
     images = datasets.load_images(data, "test")
     wrapped, batch, shape = _with_any_batch(original, source, model.normalization)
     classes = data.meta["classes"]

@@ -39,7 +39,7 @@ class Job:
         if self.precision == "int8" and self.data.kind == "none":
             raise UsageError(
                 "int8 is calibrated on images, and --data none has only noise",
-                "give inputs like the network's own: --data inputs:FILE.npy",
+                "give inputs like the network's own (--data inputs:FILE.npy), or use --precision fp32 or fp16",
             )
 
     @property

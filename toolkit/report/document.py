@@ -36,7 +36,7 @@ def assemble(run: str, job: Job, stages: Runner, report: Path | None, error: Too
         "target": job.target.name,
         "profile": job.profile.name,
         "workload": {"model": str(job.model), "data": str(job.data), "seed": job.seed},
-        "budget": str(job.budget),
+        "budget": str(job.budget) if job.model.trainable else None,
         "fast": job.fast,
         "model": {
             "baseline": _network(made.get("train")),

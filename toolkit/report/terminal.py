@@ -16,10 +16,9 @@ def describe(stage: str, meta: Mapping[str, Any]) -> str:
 
 def _data(meta: Mapping[str, Any]) -> str:
     if not meta["classes"]:
-        calibration = (
-            f"{meta['counts']['train']:,} images to calibrate, " if meta["counts"]["train"] else "random: "
-        )
-        return f"{calibration}{meta['counts']['test']:,} to test, without labels"
+        calibrate, test = meta["counts"]["train"], meta["counts"]["test"]
+        what = f"{calibrate:,} + {test:,} images (calibration + test)" if calibrate else f"{test:,} random images"
+        return f"{what}, without labels"
     counts = " + ".join(f"{meta['counts'][split]:,}" for split in ("train", "val", "test"))
     left_out = f", {len(meta['skipped'])} bad files left out" if meta["skipped"] else ""
     return f"{counts} images (train + val + test), {len(meta['classes'])} classes{left_out}"
@@ -52,7 +51,7 @@ def _export(meta: Mapping[str, Any]) -> str:
     if compared["top1_agreement"] is not None:
         parts.append(f"same top-1 on {compared['top1_agreement']:.1%}")
     if meta["batch"] != "dynamic":
-        parts.append("batch 1 only: the graph does not bear another")
+        parts.append("batch 1 only (it is fixed inside the graph)")
     return ", ".join(parts)
 
 
