@@ -14,7 +14,7 @@ from toolkit import adopt
 from toolkit.compression import data as datasets
 from toolkit.compression.quantization import quantize
 from toolkit.config import Data, Model, Normalization
-from toolkit.errors import UsageError
+from toolkit.errors import StageError, UsageError
 from toolkit.graphs import run_onnx
 from toolkit.store import Artifact, Store
 
@@ -87,7 +87,7 @@ def take(tmp_path: Path, chosen: Model, data: Artifact | None = None, size: int 
     source = adopt.read(chosen, size, "fp32")
     data = data or prepare(tmp_path, size=source.size)
     return Store(tmp_path / "store").produce(
-        "export", "k", lambda work: adopt.adopt(work, data, chosen, source), config={}, inputs={}
+        "export", "k", lambda work: adopt.adopt(work, data, chosen, source), config={}, inputs={}, rerun=True
     )
 
 
@@ -200,6 +200,22 @@ def test_more_than_2_gb_is_refused(tmp_path: Path) -> None:
         file.truncate(2**31)  # sparse: takes no room on the disk
     with pytest.raises(UsageError, match="more than 2 GB"):
         adopt.read(model(path), SIZE, "fp32")
+
+
+def test_small_outputs_such_as_a_softmax_has_are_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(graph: onnx.ModelProto) -> None:
+        graph.graph.node[-1].output[0] = "large"
+        graph.graph.initializer.append(numpy_helper.from_array(np.float32(1e-5), "little"))
+        graph.graph.node.append(helper.make_node("Mul", ["large", "little"], ["y"]))
+
+    chosen = model(edited(tmp_path / "net.onnx", change))
+    assert take(tmp_path, chosen).meta["comparison"]["max_relative"] < 1e-4
+    right = adopt._normalize
+    monkeypatch.setattr(adopt, "_normalize", lambda *arguments: right(*arguments) + np.float32(0.1))
+    with pytest.raises(StageError, match=r"with its preprocessing inside, .* computes something else"):
+        take(tmp_path, chosen)
 
 
 def edited(path: Path, change: Any) -> Path:

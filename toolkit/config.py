@@ -263,13 +263,14 @@ class Model(Strict):
         """Read the value of ``--model`` and what goes with it."""
         head, colon, tail = text.partition(":")
         if head == "onnx" and tail:
-            if not Path(tail).is_file():
+            path = Path(tail).expanduser()
+            if not path.is_file():
                 raise UsageError(
                     f"the ONNX file '{tail}' does not exist", "give --model onnx:FILE an existing file"
                 )
             if weights is not None:
                 raise UsageError("an ONNX file brings its own weights", "leave out --weights")
-            return cls(source="onnx", name=tail, normalization=normalization)
+            return cls(source="onnx", name=str(path), normalization=normalization)
         if normalization is not None:
             raise UsageError(
                 "--mean, --std and --input-range are for an ONNX file; any other model's are those of its data",

@@ -96,11 +96,10 @@ def adopt(job: Job, stages: Runner) -> Networks:
     """Take over a user's ONNX file, which is neither trained nor pruned."""
     from toolkit import adopt as onnx_file  # onnx with it
 
-    why = "not needed: the model is an ONNX file"
     source = onnx_file.read(job.model, job.profile.input_size, job.precision)
     data = prepare(job, stages, source.size)
     for name in ("check", "train", "prune", "finetune"):
-        stages.skip(name, why)
+        stages.skip(name, "not needed: the model is an ONNX file")
     normalization = job.model.normalization and job.model.normalization.model_dump()
     exported = stages.make(
         "export",

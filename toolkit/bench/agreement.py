@@ -28,7 +28,7 @@ def agreement(exported: Artifact, data: Artifact, logits: Path, progress: Progre
         ``(N, classes)``) and ``max_absolute`` (largest difference of two logits).
     """
     found = np.load(logits, mmap_mode="r")[:_IMAGES]
-    images = np.array(datasets.load_images(data, "test")[:_IMAGES])
+    images = datasets.load_images(data, "test")[:_IMAGES]
     batch = 64 if exported.meta["batch"] == "dynamic" else 1
     (expected,) = run_onnx(exported.file("model.onnx").read_bytes(), images, batch, progress)
     apart = difference(expected, found)
