@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from toolkit import adopt
+from toolkit import adopt, onnxfile
 from toolkit.compression import data as datasets
 from toolkit.compression.quantization import quantize
 from toolkit.config import Data, Model, Normalization
@@ -84,7 +84,7 @@ def prepare(tmp_path: Path, spec: str = "none", size: int = SIZE) -> Artifact:
 
 
 def take(tmp_path: Path, chosen: Model, data: Artifact | None = None, size: int = SIZE) -> Artifact:
-    source = adopt.read(chosen, size, "fp32")
+    source = onnxfile.read(chosen, size, "fp32")
     data = data or prepare(tmp_path, size=source.size)
     return Store(tmp_path / "store").produce(
         "export", "k", lambda work: adopt.adopt(work, data, chosen, source), config={}, inputs={}, rerun=True
@@ -172,25 +172,25 @@ def test_a_fixed_batch_becomes_dynamic_where_it_can(tmp_path: Path) -> None:
 
 def test_a_size_that_the_file_leaves_open_is_the_profiles(tmp_path: Path) -> None:
     chosen = model(network(tmp_path / "net.onnx", shape=("N", 3, None, None)))
-    assert adopt.read(chosen, 24, "fp32").size == 24
+    assert onnxfile.read(chosen, 24, "fp32").size == 24
     assert take(tmp_path, chosen, size=24).meta["input"]["shape"] == [3, 24, 24]
 
 
 def test_weights_beside_the_file_are_taken_in_and_part_of_its_digest(tmp_path: Path) -> None:
     path = network(tmp_path / "net.onnx")
-    inside = adopt.read(model(path), SIZE, "fp32")
+    inside = onnxfile.read(model(path), SIZE, "fp32")
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="net.data", size_threshold=0)
-    before = adopt.read(model(path), SIZE, "fp32")
+    before = onnxfile.read(model(path), SIZE, "fp32")
     assert before.digest != inside.digest
     exported = take(tmp_path, model(path))
     assert set(exported.files) == {"model.onnx"}
     assert exported.meta["comparison"]["top1_agreement"] == 1
     data = tmp_path / "net.data"
     data.write_bytes(bytes(255 - byte for byte in data.read_bytes()))
-    assert adopt.read(model(path), SIZE, "fp32").digest != before.digest
+    assert onnxfile.read(model(path), SIZE, "fp32").digest != before.digest
     data.unlink()
     with pytest.raises(UsageError, match=r"keeps weights in .*net\.data, which does not exist"):
-        adopt.read(model(path), SIZE, "fp32")
+        onnxfile.read(model(path), SIZE, "fp32")
 
 
 def test_more_than_2_gb_is_refused(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_more_than_2_gb_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "net.data").open("ab") as file:
         file.truncate(2**31)  # sparse: takes no room on the disk
     with pytest.raises(UsageError, match="more than 2 GB"):
-        adopt.read(model(path), SIZE, "fp32")
+        onnxfile.read(model(path), SIZE, "fp32")
 
 
 def test_small_outputs_such_as_a_softmax_has_are_compared_too(
@@ -291,7 +291,7 @@ def test_an_input_that_is_no_image_is_named(tmp_path: Path, kind: int, shape: li
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "net.onnx")
     with pytest.raises(UsageError, match=r"'x' \w+ \[N, .*\] of .* is no batch of images"):
-        adopt.read(model(tmp_path / "net.onnx"), SIZE, "fp32")
+        onnxfile.read(model(tmp_path / "net.onnx"), SIZE, "fp32")
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "net.json"])
@@ -300,15 +300,15 @@ def test_what_is_no_onnx_file_is_named(tmp_path: Path, name: str, content: bytes
     path = network(tmp_path / "net.onnx").rename(tmp_path / name)
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     with pytest.raises(UsageError, match=rf"{name} is not") as error:
-        adopt.read(model(path), SIZE, "fp32")
+        onnxfile.read(model(path), SIZE, "fp32")
     assert error.value.hint == "export it again"
 
 
 def test_an_old_opset_is_refused_for_int8_only(tmp_path: Path) -> None:
     path = network(tmp_path / "net.onnx", opset=11)
-    assert adopt.read(model(path), SIZE, "fp16").opset == 11
+    assert onnxfile.read(model(path), SIZE, "fp16").opset == 11
     with pytest.raises(UsageError, match="has ONNX opset 11, and int8 needs 13"):
-        adopt.read(model(path), SIZE, "int8")
+        onnxfile.read(model(path), SIZE, "int8")
 
 
 def test_labelled_data_give_an_accuracy_and_must_have_as_many_classes(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def run(job: Job, stages: Runner) -> None:
 
 def compress(job: Job, stages: Runner) -> Networks:
     """Train, prune, fine-tune, export and quantise: all that does not depend on a device."""
-    networks = shrink(job, stages) if job.model.trainable else adopt(job, stages)
+    networks = shrink(job, stages) if job.model.trainable else take_over(job, stages)
     if job.precision == "fp32":
         stages.skip("quantize", "not needed for fp32")
         return networks
@@ -92,11 +92,11 @@ def compress(job: Job, stages: Runner) -> Networks:
     return replace(networks, graph=graph)
 
 
-def adopt(job: Job, stages: Runner) -> Networks:
+def take_over(job: Job, stages: Runner) -> Networks:
     """Take over a user's ONNX file, which is neither trained nor pruned."""
-    from toolkit import adopt as onnx_file  # onnx with it
+    from toolkit import adopt, onnxfile  # onnx with them
 
-    source = onnx_file.read(job.model, job.profile.input_size, job.precision)
+    source = onnxfile.read(job.model, job.profile.input_size, job.precision)
     data = prepare(job, stages, source.size)
     for name in ("check", "train", "prune", "finetune"):
         stages.skip(name, "not needed: the model is an ONNX file")
@@ -109,7 +109,7 @@ def adopt(job: Job, stages: Runner) -> Networks:
             "size": source.size,
         },
         {"data": data},
-        lambda work: onnx_file.adopt(work, data, job.model, source),
+        lambda work: adopt.adopt(work, data, job.model, source),
         amount=1,
     )
     return Networks(data, None, None, None, exported, exported)
