@@ -10,14 +10,16 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from toolkit import images, process
-from toolkit.errors import StageError
+from toolkit import images, process, units
+from toolkit.errors import StageError, disk_errors
 from toolkit.images import Choice, Image
 from toolkit.process import Finished
 
 if TYPE_CHECKING:
+    from toolkit.config import Target
     from toolkit.devices import Device
 
 Run = Callable[..., Finished]
@@ -26,6 +28,8 @@ Say = Callable[[str], None]
 
 # how docker and podman call what uname calls otherwise
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+_COMFORTABLE_BYTES = 30e9  # an NGC image, and room to build on it
 
 _PROBE = """
 echo "user=$(id -u):$(id -g)"
@@ -48,6 +52,7 @@ class ContainerEngine:
         rootless: Whether it runs without root's rights, so that root in a container is the user outside.
         selinux: Whether mounts have to be freed from SELinux' labels.
         gpu: Its options for GPUs; None where it can give none.
+        storage: Folder of its images.
         here: Whether it stands on this machine.
         run: Runs a program where it stands.
     """
@@ -59,6 +64,7 @@ class ContainerEngine:
     rootless: bool
     selinux: bool
     gpu: tuple[str, ...] | None
+    storage: str
     here: bool = True
     run: Run = field(default=process.run, repr=False)
 
@@ -116,10 +122,10 @@ def _ask(command: str, run: Run, here: bool) -> ContainerEngine:
     probe = dict(line.split("=", 1) for line in seen if "=" in line)
     kind: Literal["docker", "podman"]
     if "host" in info:
-        kind, machine = "podman", info["host"]["arch"]
+        kind, machine, storage = "podman", info["host"]["arch"], info["store"]["graphRoot"]
         rootless, selinux = (info["host"]["security"].get(key, False) for key in ("rootless", "selinuxEnabled"))
     else:
-        kind, machine = "docker", info["Architecture"]
+        kind, machine, storage = "docker", info["Architecture"], info["DockerRootDir"]
         rootless, selinux = (
             f"name={key}" in (info.get("SecurityOptions") or ()) for key in ("rootless", "selinux")
         )
@@ -131,6 +137,7 @@ def _ask(command: str, run: Run, here: bool) -> ContainerEngine:
         rootless=rootless,
         selinux=selinux,
         gpu=_gpu_options(kind, info, probe),
+        storage=storage,
         here=here,
         run=run,
     )
@@ -196,7 +203,7 @@ def run_command(
     if engine.selinux:
         command += ["--security-opt", "label=disable"]
     if gpu:
-        command += _require_gpu(engine)
+        command += require_gpu(engine)
     for path in mounts:
         command += ["--mount", _mount(path)]
     if workdir:
@@ -207,7 +214,8 @@ def run_command(
     return [*command, "--entrypoint", argv[0], image, *argv[1:]]
 
 
-def _require_gpu(engine: ContainerEngine) -> tuple[str, ...]:
+def require_gpu(engine: ContainerEngine) -> tuple[str, ...]:
+    """Return the engine's options for GPUs; raises StageError where it can give none."""
     if engine.gpu is not None:
         return engine.gpu
     if engine.kind == "podman":
@@ -263,6 +271,51 @@ def refused(engine: ContainerEngine, image: str, returncode: int, stderr: str) -
     return StageError(
         f"the image {image} cannot run the program: {reason}", "name an image that has python3 in its PATH"
     )
+
+
+def run_inside(arguments: Sequence[str], build: Path, paths: Sequence[Path], say: Say) -> int:
+    """Run the toolkit with the same arguments in the ``train`` image, with the terminal's own streams.
+
+    Args:
+        arguments: Of the command line.
+        build: The build folder; made when it is missing.
+        paths: What else the run reads or writes: image folder, checkpoint.
+        say: Told of the image's progress.
+
+    Returns:
+        The command's exit code.
+
+    Raises:
+        StageError: There is no engine or no image, or the container could not be started.
+    """
+    engine = find_engine()
+    image = images.catalogue()["train"]
+    require_image(engine, Choice(image.tag, "it trains", image.name, image.base), say)
+    build = build.absolute()
+    with disk_errors(build, "the build folder"):
+        build.mkdir(parents=True, exist_ok=True)
+    name = unique_name()
+    command = run_command(
+        engine,
+        image.tag,
+        ["toolkit", *arguments],
+        mounts=sorted({str(path.absolute()) for path in (Path.cwd(), build, *paths)}),
+        gpu=engine.gpu is not None,
+        name=name,
+        home=f"{build}/home",
+        env={key: os.environ[key] for key in ("TOOLKIT_BUILD", "NO_COLOR") if key in os.environ},
+        network="host",
+        workdir=str(Path.cwd()),
+    )
+    try:
+        returncode = process.attach(command)
+    finally:
+        remove(engine, name)
+    if returncode in (125, 126, 127):
+        raise StageError(
+            f"{engine.command} could not run {image.tag} (exit {returncode})", "its reason stands above"
+        )
+    return returncode
 
 
 # --- images --------------------------------------------------------------------------------------------------
@@ -342,12 +395,18 @@ def build_image(engine: ContainerEngine, name: str, say: Say, platform: str | No
         return image
     text = "\n".join(lines)
     if "buildx component is missing" in text:
-        hint = "install buildx (Debian, Ubuntu: sudo apt-get install docker-buildx), or use podman"
-    elif re.search(r"load metadata|resolve source|pull access|initializing source", text):
-        hint = f"the base {image.base} cannot be pulled: check the network, or {engine.command} login"
-    else:
-        hint = "the step that failed stands above"
-    raise StageError(f"the image '{name}' could not be built: {_reason(lines)}", hint)
+        raise StageError(
+            f"{engine.command} builds no image without buildx",
+            "install it (Debian, Ubuntu: sudo apt-get install docker-buildx), or use podman",
+        )
+    if re.search(r"load metadata for \S+:$|pull access|initializing source", text, re.MULTILINE):
+        raise StageError(
+            f"the image '{name}' could not be built: its base {image.base} cannot be pulled",
+            f"check the network and its name; for a private registry: {engine.command} login REGISTRY",
+        )
+    raise StageError(
+        f"the image '{name}' could not be built: {_reason(lines)}", "its step and its whole output stand above"
+    )
 
 
 def _stream(run: Run, argv: list[str], say: Say, stdin: str = "") -> tuple[int, list[str]]:
@@ -385,3 +444,60 @@ def _revision() -> str:
     except StageError:
         return "unknown"
     return lines[0] if finished.returncode == 0 else "unknown"
+
+
+# --- doctor --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's: ``pass``, ``warn`` or ``fail``, and what to do about it."""
+
+    name: str
+    status: Literal["pass", "warn", "fail"]
+    text: str
+    hint: str | None = None
+
+
+def examine(target: Target | None = None) -> list[Check]:
+    """Examine the container engine of this machine, or of a target's, and what the target needs of it."""
+    from toolkit.devices import open_device
+
+    try:
+        device = open_device(target, Path("build")) if target else None
+        engine = find_engine(device)
+    except StageError as error:
+        return [Check("engine", "fail", error.message, error.hint)]
+    checks = [Check("engine", "pass", f"{engine.command} answers, for {engine.platform}")]
+    needs_gpu = target is not None and target.runtime == "tensorrt"
+    try:
+        checks.append(Check("gpu", "pass", " ".join(require_gpu(engine))))
+    except StageError as error:
+        checks.append(Check("gpu", "fail" if needs_gpu else "warn", error.message, error.hint))
+    checks.append(_examine_disk(engine))
+    if target is None or device is None:
+        return checks
+    try:
+        choice = images.image_for(target, device.facts())
+    except StageError as error:
+        return [*checks, Check("image", "fail", error.message, error.hint)]
+    if inspect(engine, choice.image) is not None:
+        return [*checks, Check("image", "pass", f"{choice.image} is there ({choice.why})")]
+    source = f"is built on {choice.base}" if choice.build else "is pulled"
+    hint = f"now: toolkit containers build {choice.build}" if choice.build else None
+    return [
+        *checks,
+        Check("image", "warn", f"{choice.image} {source} when it is first needed ({choice.why})", hint),
+    ]
+
+
+def _examine_disk(engine: ContainerEngine) -> Check:
+    lines: list[str] = []
+    engine.run(["df", "-Pk", engine.storage], on_line=lines.append)
+    if len(lines) < 2:
+        return Check("disk", "warn", f"the free space of {engine.storage} is not known")
+    free = int(lines[1].split()[3]) * 1024
+    text = f"{units.size(free)} free in {engine.storage}"
+    if free >= _COMFORTABLE_BYTES:
+        return Check("disk", "pass", text)
+    return Check("disk", "warn", f"{text}; an NGC image takes about 20 GB", f"{engine.command} system prune")

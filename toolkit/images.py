@@ -61,7 +61,7 @@ class Choice:
         build: The bake target that makes it; None for an image that is only pulled.
         base: What that stands on.
         tensorrt: Version of its TensorRT, as far as it is known.
-        sure: ``confirmed``, ``secondary`` or ``unconfirmed``; None for an image that the user named.
+        sure: ``confirmed``, ``secondary`` or ``unconfirmed``; None where no NVIDIA image is involved.
     """
 
     image: str
@@ -136,6 +136,11 @@ def _value(found: Any, variables: Mapping[str, str]) -> Any:
     return variables.get(found, found)
 
 
+def rules() -> list[dict[str, Any]]:
+    """Return the content of ``images.yaml``; what its keys mean stands there."""
+    return list(yaml.safe_load((folder() / "images.yaml").read_text(encoding="utf-8")))
+
+
 def image_for(target: Target, facts: Mapping[str, Any]) -> Choice:
     """Choose the image for a device.
 
@@ -157,13 +162,13 @@ def image_for(target: Target, facts: Mapping[str, Any]) -> Choice:
         )
     l4t = facts.get("l4t")
     known = {"runtime": target.runtime, "arch": arch, "l4t": l4t, "compute_capability": _capability(target, facts)}
-    for entry in yaml.safe_load((folder() / "images.yaml").read_text(encoding="utf-8")):
+    for entry in rules():
         if all(_holds(wanted, known[key]) for key, wanted in entry.items() if key in known):
             why = " on ".join(
                 filter(None, [target.runtime, f"L4T {l4t}" if "l4t" in entry else known["compute_capability"]])
             )
             image = catalogue()[entry["image"]]
-            return Choice(image.tag, why, image.name, image.base, entry.get("tensorrt"), entry["sure"])
+            return Choice(image.tag, why, image.name, image.base, entry.get("tensorrt"), entry.get("sure"))
     if arch == "aarch64" and target.runtime == "tensorrt" and l4t is None:
         raise StageError(
             f"the image for '{target.name}' depends on the JetPack of the device, which is not known",
@@ -194,5 +199,5 @@ def _holds(wanted: str | list[str], found: str | None) -> bool:
     """Tell whether a condition holds; a list names alternatives, of L4T versions by how they begin."""
     alternatives = wanted if isinstance(wanted, list) else [wanted]
     return found is not None and any(
-        found == one or f"{found}.".startswith(f"{one.rstrip('.')}.") for one in alternatives
+        found == one or f"{found}.".startswith(f"{one}.") for one in alternatives
     )
