@@ -198,6 +198,4 @@ def _capability(target: Target, facts: Mapping[str, Any]) -> str | None:
 def _holds(wanted: str | list[str], found: str | None) -> bool:
     """Tell whether a condition holds; a list names alternatives, of L4T versions by how they begin."""
     alternatives = wanted if isinstance(wanted, list) else [wanted]
-    return found is not None and any(
-        found == one or f"{found}.".startswith(f"{one}.") for one in alternatives
-    )
+    return found is not None and any(found == one or f"{found}.".startswith(f"{one}.") for one in alternatives)
