@@ -44,6 +44,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             command, stdout=log, stderr=log, env=os.environ | {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         )
         try:
+            patch.setenv("DOCKER_BUILDKIT", "1")
             patch.setenv("DOCKER_HOST", f"unix://{folder}/socket")
             patch.setenv("TOOLKIT_CONTAINER_ENGINE", DOCKER)
             patch.setenv("TOOLKIT_NETWORK", "host")
@@ -63,6 +64,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         finally:
             process.terminate()
             process.wait(timeout=60)
+            # dockerd leaves a mount of its network namespace behind
+            subprocess.run(["umount", f"{folder}/exec/netns/default"], capture_output=True)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -80,12 +83,12 @@ def debian(architecture: str) -> Path:
     return tar
 
 
-def import_base(architecture: str, folder: Path) -> None:
+def build_base(architecture: str, folder: Path) -> None:
     """Make the stand-in for a slim Python: the Debian, and this host's certificates for its pip."""
-    docker("import", "--platform", f"linux/{architecture}", str(debian(architecture)), "standin/debian")
+    shutil.copy(debian(architecture), folder / "debian.tar")
     shutil.copy("/etc/ssl/certs/ca-certificates.crt", folder)
     (folder / "Dockerfile").write_text(
-        "FROM standin/debian\nCOPY ca-certificates.crt /etc/ssl/certs/\n"
+        "FROM scratch\nADD debian.tar /\nCOPY ca-certificates.crt /etc/ssl/certs/\n"
         "ENV PIP_CERT=/etc/ssl/certs/ca-certificates.crt\n"
     )
     docker("build", "--platform", f"linux/{architecture}", "--tag", SLIM, str(folder))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import import_base, is_native
+from tests.integration.conftest import build_base, is_native
 from tests.integration.measuring import measure
 from toolkit import containers
 from toolkit.devices.container import ContainerDevice
@@ -31,7 +31,7 @@ def emulated(daemon: None) -> None:
 
 
 def test_the_agent_measures_on_arm64(emulated: None, tmp_path: Path) -> None:
-    import_base("arm64", tmp_path)
+    build_base("arm64", tmp_path)
     engine = containers.find_engine()
     image = containers.build_image(engine, "agent", print, platform="linux/arm64")
     (tmp_path / "device").mkdir()

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import run_toolkit, write_job
-from tests.integration.conftest import SECRET, SLIM, docker, import_base
+from tests.integration.conftest import SECRET, SLIM, build_base, docker
 from tests.integration.measuring import measure
 from toolkit import containers, images
 from toolkit.containers import ContainerEngine
@@ -37,7 +37,7 @@ BUILT = ("toolkit", "agent", "train", "engine-26.05", "jetson-r10.3.0")
 @pytest.fixture(scope="module")
 def bases(daemon: None, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The stand-ins: a slim Python, and the same with TensorRT for RTX in TensorRT's place."""
-    import_base("amd64", tmp_path_factory.mktemp("base"))
+    build_base("amd64", tmp_path_factory.mktemp("base"))
     version = metadata.version("tensorrt-rtx-cu13")
     folder = tmp_path_factory.mktemp("tensorrt")
     install = f"RUN pip install --no-cache-dir --break-system-packages tensorrt-rtx-cu13=={version}"
@@ -210,7 +210,7 @@ def test_a_run_in_the_training_image(built: Any, tmp_path: Path) -> None:
     folder = write_job(tmp_path)
     result = run_toolkit(folder, "run", "tiny", "--in-container", "--json", timeout=600)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["release"]["committed"]
+    assert json.loads(result.stdout)["commit"]["committed"]
     assert (folder / "build" / "store").is_dir()
     wrong = run_toolkit(folder, "run", "tiny", "--in-container", "--rerun", "train", "--flops", "1%")
     assert wrong.returncode == 2, wrong.stderr
