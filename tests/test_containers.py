@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import toolkit
 from toolkit import config, containers, images
@@ -225,7 +224,13 @@ def test_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
             "no disk space left",
         ),
         (125, "docker: Error: boom.\nSee 'docker run --help'.", "could not run image:1: Error: boom"),
+        (
+            125,
+            "Error: container-init binary not found on the host: stat /x/catatonit",
+            "has no init for containers",
+        ),
         (127, "[FATAL tini (7)] exec python3 failed: No such file or directory", "cannot run the program"),
+        (1, "ERROR (catatonit:2): failed to exec pid1: No such file or directory", "cannot run the program"),
         (1, "exec /usr/bin/python3: exec format error", "is for another architecture than linux/amd64"),
     ],
 )
@@ -239,9 +244,3 @@ def test_what_docker_refuses_is_a_sentence(code: int, stderr: str, words: str) -
 def test_the_program_s_own_exit_is_no_refusal() -> None:
     assert containers.refused(DOCKER, "image:1", 1, "Traceback ...") is None
     assert containers.refused(DOCKER, "image:1", 0, "") is None
-
-
-def test_the_wheel_ships_the_folder() -> None:
-    text = (images.folder().parent / "pyproject.toml").read_text()
-    assert 'containers = "toolkit/shipped/containers"' in text
-    assert yaml.safe_load((images.folder() / "images.yaml").read_text())

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from toolkit import images, process, units
-from toolkit.errors import StageError, disk_errors
+from toolkit.errors import StageError, UsageError, disk_errors
 from toolkit.images import Choice, Image
 from toolkit.process import Finished
 
 if TYPE_CHECKING:
     from toolkit.config import Target
     from toolkit.devices import Device
+    from toolkit.job import Job
 
 Run = Callable[..., Finished]
 """``process.run`` for this machine, or a device's ``run`` for another."""
@@ -255,7 +256,7 @@ def refused(engine: ContainerEngine, image: str, returncode: int, stderr: str) -
             f"the image {image} is for another architecture than {engine.platform}",
             "name an image for this one, or install qemu-user-static and binfmt-support to emulate it",
         )
-    if returncode not in (125, 126, 127):
+    if returncode not in (125, 126, 127) and "failed to exec pid1" not in stderr:  # podman's init exits with 1
         return None
     if re.search(r"no space left on device", stderr, re.IGNORECASE):
         return StageError(f"{engine.command} has no disk space left: {reason}", f"{engine.command} system prune")
@@ -264,22 +265,25 @@ def refused(engine: ContainerEngine, image: str, returncode: int, stderr: str) -
             f"{engine.command} cannot give the GPU to a container: {reason}",
             "check nvidia-smi on that machine and its nvidia-container-toolkit (toolkit containers doctor)",
         )
-    if returncode == 125:
+    if re.search(r"container-init binary|docker-init", stderr):
+        package = "catatonit" if engine.kind == "podman" else "tini"
         return StageError(
-            f"{engine.command} could not run {image}: {reason}", "toolkit containers doctor looks closer"
+            f"{engine.command} has no init for containers: {reason}",
+            f"install it (Debian, Ubuntu: sudo apt-get install {package})",
         )
-    return StageError(
-        f"the image {image} cannot run the program: {reason}", "name an image that has python3 in its PATH"
-    )
+    if returncode == 127 or re.search(r"not found|no such file", reason, re.IGNORECASE):
+        return StageError(
+            f"the image {image} cannot run the program: {reason}", "name an image that has python3 in its PATH"
+        )
+    return StageError(f"{engine.command} could not run {image}: {reason}", "toolkit containers doctor looks closer")
 
 
-def run_inside(arguments: Sequence[str], build: Path, paths: Sequence[Path], say: Say) -> int:
+def run_inside(arguments: Sequence[str], job: Job, say: Say) -> int:
     """Run the toolkit with the same arguments in the ``train`` image, with the terminal's own streams.
 
     Args:
         arguments: Of the command line.
-        build: The build folder; made when it is missing.
-        paths: What else the run reads or writes: image folder, checkpoint.
+        job: What they describe; what it reads and writes is at the same path inside.
         say: Told of the image's progress.
 
     Returns:
@@ -287,22 +291,30 @@ def run_inside(arguments: Sequence[str], build: Path, paths: Sequence[Path], say
 
     Raises:
         StageError: There is no engine or no image, or the container could not be started.
+        UsageError: The target's ``root`` is a path below HOME, which is another one inside.
     """
+    if (job.target.root or "").startswith("~"):
+        raise UsageError(
+            f"the root '{job.target.root}' of '{job.target.name}' is another folder in a container",
+            "write it as an absolute path, or leave --in-container out",
+        )
     engine = find_engine()
     image = images.catalogue()["train"]
     require_image(engine, Choice(image.tag, "it trains", image.name, image.base), say)
-    build = build.absolute()
-    with disk_errors(build, "the build folder"):
-        build.mkdir(parents=True, exist_ok=True)
+    written = [path.absolute() for path in (job.build, Path(job.target.root or job.build))]
+    for path in written:
+        with disk_errors(path, "the run"):
+            path.mkdir(parents=True, exist_ok=True)
+    read = [Path(path).absolute() for path in (job.data.path, job.model.weights) if path and Path(path).exists()]
     name = unique_name()
     command = run_command(
         engine,
         image.tag,
         ["toolkit", *arguments],
-        mounts=sorted({str(path.absolute()) for path in (Path.cwd(), build, *paths)}),
+        mounts=sorted({str(path) for path in (Path.cwd(), *written, *read)}),
         gpu=engine.gpu is not None,
         name=name,
-        home=f"{build}/home",
+        home=f"{written[0]}/home",
         env={key: os.environ[key] for key in ("TOOLKIT_BUILD", "NO_COLOR") if key in os.environ},
         network="host",
         workdir=str(Path.cwd()),
@@ -324,9 +336,8 @@ def run_inside(arguments: Sequence[str], build: Path, paths: Sequence[Path], say
 def inspect(engine: ContainerEngine, image: str) -> dict[str, Any] | None:
     """Return what the engine knows of an image that it has; None when it does not have it."""
     lines: list[str] = []
-    command = [engine.command, "image", "inspect", "--format", "{{json .}}", image]
-    finished = engine.run(command, on_line=lines.append)
-    return dict(json.loads("".join(lines))) if finished.returncode == 0 else None
+    finished = engine.run([engine.command, "image", "inspect", image], on_line=lines.append)
+    return dict(json.loads("".join(lines))[0]) if finished.returncode == 0 else None
 
 
 def require_image(engine: ContainerEngine, choice: Choice, say: Say) -> None:

@@ -184,6 +184,12 @@ def test_an_image_that_cannot_run_python(
         Agent(broken).ask("facts", {"root": device.root})
 
 
+def test_the_installed_toolkit_ships_its_images(engine: ContainerEngine) -> None:
+    tag = images.catalogue()["toolkit"].tag
+    shown = docker("run", "--rm", "--network", "none", tag, "toolkit", "containers", "list", "--json")
+    assert set(json.loads(shown)["images"]) == set(images.catalogue())
+
+
 def test_list_and_doctor(built: Any, tmp_path: Path) -> None:
     listed = json.loads(run_toolkit(tmp_path, "containers", "list", "--json").stdout)
     assert listed["targets"]["t4"]["image"] == listed["images"]["engine-26.05"]["tag"]

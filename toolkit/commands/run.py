@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -23,8 +22,7 @@ def _go(until: str, options: dict[str, Any]) -> None:
         from toolkit import containers
 
         arguments = [argument for argument in sys.argv[1:] if argument != "--in-container"]
-        read = [Path(path) for path in (job.data.path, job.model.weights) if path]
-        raise click.exceptions.Exit(containers.run_inside(arguments, job.build, read, console.say))
+        raise click.exceptions.Exit(containers.run_inside(arguments, job, console.say))
     outcome = runs.execute(job, until, console, frozenset(options["rerun"]))
     if options["as_json"]:
         print_json(outcome.document)
