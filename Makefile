@@ -13,11 +13,13 @@ OPTIONS = $(call given,HOST,--host) $(call given,DATA,--data) $(call given,MODEL
           $(call given,SEED,--seed) $(if $(call given,FAST),--fast) $(call given,ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean $(TARGETS)
+.PHONY: help install demo test test-containers test-arm64 lint containers clean $(TARGETS)
 
 help:
 	@echo 'make demo      the whole job on this machine, offline: train, prune, build, deliver, measure, judge'
 	@echo 'make test      run the tests'
+	@echo 'make test-containers, make test-arm64   the tests that need root, dockerd and debootstrap; qemu for arm64'
+	@echo 'make containers   build every container image that this host can'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make install   make .venv and install the toolkit into it'
 	@echo 'make clean     remove .venv and build'
@@ -41,6 +43,15 @@ demo: install
 
 test: install
 	@$(BIN)/python -m pytest $(call given,ARGS)
+
+test-containers: install
+	@$(BIN)/python -m pytest -m containers $(call given,ARGS)
+
+test-arm64: install
+	@$(BIN)/python -m pytest -m arm64 $(call given,ARGS)
+
+containers: install
+	@$(BIN)/toolkit containers build
 
 lint: install
 	@$(BIN)/ruff check .

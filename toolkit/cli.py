@@ -26,6 +26,7 @@ _VERBS = {
     "report": "toolkit.commands.run",
     "targets": "toolkit.commands.targets",
     "profiles": "toolkit.commands.profiles",
+    "containers": "toolkit.commands.containers",
     "gc": "toolkit.commands.gc",
     "init": "toolkit.commands.init",
 }

@@ -180,6 +180,7 @@ class Target(Strict):
     runtime: RuntimeName
     host: str | None = None
     root: str | None = None
+    image: str | None = None
     threads: int = Field(default=1, ge=1)
     build: Build = Build()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import subprocess
@@ -80,3 +81,22 @@ def run(
     if expired.is_set():
         raise StageError(f"{argv[0]} did not end within {timeout:g} s", "look at the device's load")
     return Finished(returncode, "".join(stderr))
+
+
+def attach(argv: Sequence[str]) -> int:
+    """Run a program on this terminal's own streams, wait for it, and return its exit status.
+
+    Ctrl-C reaches the program by itself; it is given time to end.
+    """
+    log.info("run: %s", shlex.join(argv))
+    process = subprocess.Popen(list(argv))
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        raise
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -39,6 +39,10 @@ build_folder = click.option(
     help="Folder for artifacts, runs and downloads.",
 )
 
+in_container = click.option(
+    "--in-container", is_flag=True, help="Run in the training image (NGC PyTorch), with the GPU if there is one."
+)
+
 _OPTIONS = (
     click.argument("target", shell_complete=complete("targets")),
     click.option("--model", default="resnet20", show_default=True, metavar="MODEL",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
 
-from toolkit.commands.options import job_from, run_options
+from toolkit.commands.options import in_container, job_from, run_options
 
 
 def _go(until: str, options: dict[str, Any]) -> None:
@@ -15,7 +16,14 @@ def _go(until: str, options: dict[str, Any]) -> None:
     from toolkit.console import Console
     from toolkit.report import terminal
 
-    outcome = runs.execute(job_from(**options), until, Console(quiet=options["quiet"]), frozenset(options["rerun"]))
+    console = Console(quiet=options["quiet"])
+    job = job_from(**options)
+    if options["in_container"]:
+        from toolkit import containers
+
+        arguments = [argument for argument in sys.argv[1:] if argument != "--in-container"]
+        raise click.exceptions.Exit(containers.run_inside(arguments, job, console.say))
+    outcome = runs.execute(job, until, console, frozenset(options["rerun"]))
     if options["as_json"]:
         print_json(outcome.document)
     elif text := terminal.summary(outcome.document):
@@ -27,6 +35,7 @@ def _go(until: str, options: dict[str, Any]) -> None:
 
 @click.command()
 @run_options
+@in_container
 def run(**options: Any) -> None:
     """Do the whole job for TARGET: from training to a committed release."""
     _go("commit", options)
@@ -35,6 +44,7 @@ def run(**options: Any) -> None:
 def _verb(stage: str, what: str) -> click.Command:
     @click.command(stage, help=f"{what} for TARGET; reuses what is there.")
     @run_options
+    @in_container
     def verb(**options: Any) -> None:
         _go(stage, options)
 

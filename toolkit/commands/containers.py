@@ -1,0 +1,109 @@
+"""`toolkit containers`: which images there are, which a target would use and why; build them; examine this host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from toolkit.commands.options import complete
+
+_COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def containers(ctx: click.Context) -> None:
+    """List, build or examine the container images."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(listed)
+
+
+def _described(choice: dict[str, Any]) -> list[str]:
+    from toolkit import images
+
+    tensorrt, sure = choice.get("tensorrt"), choice.get("sure")
+    return [*([f"TensorRT {tensorrt}"] if tensorrt else []), *([images.CERTAINTY[sure]] if sure else [])]
+
+
+@containers.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def listed(as_json: bool = False) -> None:
+    """List every image, and which one a target would use and why."""
+    from toolkit import config, images
+    from toolkit.cli import print_json
+    from toolkit.errors import StageError
+
+    catalogue = images.catalogue()
+    targets: dict[str, Any] = {}
+    for name in sorted(config.names("targets")):
+        try:
+            targets[name] = vars(images.image_for(config.load_target(name), {}))
+        except StageError as error:
+            targets[name] = {"image": None, "why": error.message}
+    if as_json:
+        kept = ("tag", "base", "platforms")
+        shown = {name: {key: getattr(image, key) for key in kept} for name, image in catalogue.items()}
+        print_json({"images": shown, "targets": targets})
+        return
+    for name, image in catalogue.items():
+        click.echo(f"{name:<16} {image.tag:<36} {image.base}, {' and '.join(image.platforms)}")
+    click.echo()
+    for rule in images.rules():
+        if l4t := rule.get("l4t"):
+            click.echo(f"{rule['image']:<16} {'L4T ' + ' '.join(l4t):<36} {'; '.join(_described(rule))}")
+    click.echo()
+    for name, choice in targets.items():
+        click.echo(f"{name:<16} {choice['image'] or '-':<36} {'; '.join([choice['why'], *_described(choice)])}")
+
+
+@containers.command()
+@click.argument("names", nargs=-1)
+@click.option("--platform", metavar="OS/ARCH", help="Build for this platform, emulated if need be, as linux/arm64.")
+def build(names: tuple[str, ...], platform: str | None) -> None:
+    """Build the named images, or all that this host can."""
+    from toolkit import containers, images, units
+    from toolkit.console import Console
+    from toolkit.errors import StageError, UsageError
+
+    catalogue = images.catalogue()
+    for name in names:
+        if name not in catalogue:
+            raise UsageError(f"no image is called '{name}'", units.nearest(name, list(catalogue)))
+    engine = containers.find_engine()
+    wanted = platform or engine.platform
+    built = failed = 0
+    for name in names or catalogue:
+        platforms = catalogue[name].platforms
+        try:
+            if wanted not in platforms:
+                raise StageError(f"it is for {' and '.join(platforms)}, not for {wanted}")
+            containers.build_image(engine, name, Console().say, platform)
+        except StageError as error:
+            failed += 1
+            click.echo(f"{name:<16} {'failed' if names else 'skipped'}: {error.message}")
+            if error.hint:
+                click.echo(f"{'':<16} {click.style('hint:', fg='cyan')} {error.hint}")
+        else:
+            built += 1
+            click.echo(f"{name:<16} built {catalogue[name].tag}")
+    raise click.exceptions.Exit(1 if (failed if names else not built) else 0)
+
+
+@containers.command()
+@click.argument("target", required=False, shell_complete=complete("targets"))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def doctor(target: str | None, as_json: bool) -> None:
+    """Examine the container engine of this host, or of TARGET's."""
+    from toolkit import config, containers
+    from toolkit.cli import print_json
+
+    checks = containers.examine(config.load_target(target) if target else None)
+    if as_json:
+        print_json([vars(check) for check in checks])
+    else:
+        for check in checks:
+            click.echo(f"{click.style(check.status, fg=_COLORS[check.status])}  {check.name:<7} {check.text}")
+            if check.hint:
+                click.echo(f"      {click.style('hint:', fg='cyan')} {check.hint}")
+    raise click.exceptions.Exit(1 if any(check.status == "fail" for check in checks) else 0)

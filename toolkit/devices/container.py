@@ -1,0 +1,93 @@
+"""A container as a device: files go to the machine that it runs on, programs run inside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit import containers
+from toolkit.containers import ContainerEngine
+from toolkit.devices import Device
+from toolkit.errors import StageError
+from toolkit.process import Finished
+
+
+class ContainerDevice:
+    """A machine's container, started anew for every program, with the machine's ``root`` at the same path.
+
+    Args:
+        inner: The machine.
+        engine: Its container engine.
+        image: Name and tag; see :func:`toolkit.containers.require_image`.
+        gpu: Whether the programs need the GPUs.
+    """
+
+    python = "python3"
+
+    def __init__(self, inner: Device, engine: ContainerEngine, image: str, gpu: bool) -> None:
+        self.inner = inner
+        self.engine = engine
+        self.image = image
+        self.gpu = gpu
+        self.root = inner.root
+        self.name = f"container {image} on {inner.name}"
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the container sees of its machine, and ``container``: the image with its digest."""
+        from toolkit.devices.agent import Agent
+
+        found = Agent(self).ask("facts", {"root": self.root})
+        image = containers.inspect(self.engine, self.image) or {}
+        digest = next(iter(image.get("RepoDigests") or ()), image.get("Id", "")).rpartition("@")[2]
+        return found | {"container": f"{self.image}@{digest}"}
+
+    def command(self, argv: Sequence[str], name: str) -> list[str]:
+        """Return the command that runs a program in a container of that name."""
+        return containers.run_command(
+            self.engine, self.image, argv, mounts=[self.root], gpu=self.gpu, name=name, home=f"{self.root}/home"
+        )
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: str = "",
+        on_line: Callable[[str], None] = lambda line: None,
+        timeout: float | None = None,
+    ) -> Finished:
+        """Run a program inside; however it ends, no container is left.
+
+        Raises:
+            StageError: The container could not be started, or the program ran past ``timeout``.
+        """
+        name = containers.unique_name()
+        command = self.command(argv, name)
+        ended = False
+        try:
+            finished = self.inner.run(command, stdin=stdin, on_line=on_line, timeout=timeout)
+            ended = finished.returncode == 0
+        finally:
+            if not ended:
+                with contextlib.suppress(StageError):
+                    containers.remove(self.engine, name)
+        if error := containers.refused(self.engine, self.image, finished.returncode, finished.stderr):
+            raise error
+        return finished
+
+    def put(self, source: Path | bytes, destination: str) -> None:
+        """Copy a file or bytes to the machine."""
+        self.inner.put(source, destination)
+
+    def get(self, source: str, destination: Path) -> None:
+        """Copy a file back from the machine."""
+        self.inner.get(source, destination)
+
+    def exists(self, path: str) -> bool:
+        """Tell whether a file is there."""
+        return self.inner.exists(path)
+
+    def remove(self, path: str) -> None:
+        """Remove a folder and what is in it."""
+        self.inner.remove(path)
