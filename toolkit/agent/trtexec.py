@@ -24,12 +24,10 @@ from .protocol import OutOfMemory, Refusal, progress
 
 _PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec")  # JetPack, NVIDIA's containers
 
-# First and last (major, minor) that take a flag: an unknown one ends trtexec. From 11.0 the last four are
-# accepted and do nothing but warn.
+# First and last (major, minor) that take a flag: an unknown one ends trtexec. From 11.0 on the last three are
+# taken too, and do nothing but warn.
 _NEWEST = (999, 0)
 _FLAGS = {
-    "--skipInference": ((8, 6), _NEWEST),
-    "--buildOnly": ((8, 5), (8, 5)),
     "--builderOptimizationLevel": ((8, 6), _NEWEST),
     "--hardwareCompatibilityLevel=ampere+": ((8, 6), _NEWEST),
     "--hardwareCompatibilityLevel=sameComputeCapability": ((10, 9), _NEWEST),
@@ -47,7 +45,7 @@ _PHASES = {
     "iming cache in use": "timing kernels",
     "Engine built in": "writing the engine",
     "Capturing CUDA graph": "capturing a CUDA graph",
-    "Starting inference": "measuring",
+    "Starting inference": "running the engine",
 }
 _NO_MEMORY = re.compile(
     r"OutOfMemory|out of memory|insufficient memory|memory is insufficient|cudaErrorMemoryAllocation|bad_alloc"
@@ -62,7 +60,9 @@ _CONCLUSIONS = re.compile(
 )
 _NODE = re.compile(r"While parsing node number \d+ \[(?P<operator>\S+) -> \"(?P<output>[^\"]*)\"")
 _CAUSE = re.compile(r"ERROR: \S+ In function \S+\s+\[\d+\] (.*)")
-_FOREIGN = re.compile(r"is not compatible with this version of TensorRT|Version tag does not match")
+_FOREIGN = re.compile(
+    r"not compatible with this version of TensorRT|Version tag does not match|generated on an incompatible device"
+)
 _BAD_CACHE = "TimingCache creation failed"
 
 
@@ -141,11 +141,12 @@ def build(
         if cache is not None and os.path.isfile(cache):
             shutil.copyfile(cache, timings)
         code, log = _run(command)
-        if os.path.exists(timings) and _BAD_CACHE in log:
-            # 8.5 to 10.2 end there, newer ones go on without the cache and keep the damaged file
+        if cache is not None and _BAD_CACHE in log:
             progress(0, 0, "warning: the timing cache is damaged and was dropped")
+            os.unlink(cache)
             os.unlink(timings)
-            code, log = _run(command)
+            if code != 0:  # up to 10.2; newer ones go on without a cache
+                code, log = _run(command)
         if code != 0:
             raise _failure(here, code, log)
         with open(layers, encoding="utf-8") as file:
@@ -262,10 +263,9 @@ def _build_flags(here: tuple[int, ...], request: dict[str, Any], workspace: int 
             )
         return flag
 
-    flags = [
-        "--skipInference" if _knows(here, "--skipInference") else "--buildOnly",
-        "--profilingVerbosity=detailed",
-    ]
+    # Ten queries right after the build, instead of --skipInference: an engine of several batch sizes tells its
+    # layers' types only when it is asked at one size ("N/A due to dynamic shapes").
+    flags = ["--profilingVerbosity=detailed", "--warmUp=0", "--duration=0"]
     if request["batches"] is not None:
         for name in ("min", "opt", "max"):
             flags.append("--{}Shapes={}".format(name, _shape(request["input"], request["batches"][name])))
@@ -367,6 +367,7 @@ def _run(command: list[str]) -> tuple[int, str]:
             process.wait()
         except BaseException:
             process.kill()
+            process.wait()
             raise
     return process.returncode, "".join(lines)
 
@@ -403,7 +404,7 @@ def _failure(here: tuple[int, ...], code: int, log: str) -> Exception:
         return OutOfMemory(re.sub(r"^(\[[^\]]*\] )+", "", shortage[-1]).strip())
     if _FOREIGN.search(log):
         return Refusal(
-            "the engine was built with another TensorRT than the device's {}: {}".format(_dotted(here), reason),
+            "the engine was built for another TensorRT or GPU than the device's: {}".format(reason),
             "build it again for this device (--rerun build)",
         )
     if "--loadEngine=" in log:
