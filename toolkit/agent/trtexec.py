@@ -6,7 +6,6 @@ What a version knows and says was read in NVIDIA/TensorRT, ``samples/common/samp
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
@@ -15,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -198,8 +198,7 @@ def latency(
         Refusal: It cannot be loaded or run, with trtexec's own reason.
     """
     here = version(path)
-    times = "{}.times.{}.json".format(engine, os.getpid())
-    command = [path, "--loadEngine=" + engine, "--exportTimes=" + times]
+    command = [path, "--loadEngine=" + engine]
     # 11.0 made these the default
     command += [flag for flag in ("--useCudaGraph", "--useSpinWait", "--noDataTransfers") if _knows(here, flag)]
     command += ["--warmUp={:g}".format(warmup_ms), "--duration={:g}".format(duration_ms / 1000)]
@@ -208,15 +207,13 @@ def latency(
         command.append("--shapes=" + _shape(network_input, batch))
     if input_file is not None:
         command.append("--loadInputs='{}':{}".format(network_input["name"], input_file))
-    try:
-        code, log = _run(command)
+    with tempfile.TemporaryDirectory() as scratch:
+        times = os.path.join(scratch, "times.json")
+        code, log = _run([*command, "--exportTimes=" + times])
         if code != 0:
             raise _failure(here, code, log)
         with open(times, encoding="utf-8") as file:
             traces = json.load(file)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(times)
     span = traces[-1]["endComputeMs"] - traces[0]["startComputeMs"]
     return {
         "latencies": np.array([round(trace["computeMs"] * 1e6) for trace in traces], np.int64),
