@@ -18,6 +18,10 @@ class Refusal(Exception):  # noqa: N818
         self.hint = hint
 
 
+class OutOfMemory(Exception):  # noqa: N818
+    """The builder ran out of memory: a smaller workspace may do."""
+
+
 def emit(event: str, **fields: object) -> None:
     """Write one event as a line."""
     print(json.dumps(dict(fields, event=event, protocol=PROTOCOL)), flush=True)
