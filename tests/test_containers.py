@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import toolkit
-from toolkit import config, containers, images
-from toolkit.containers import ContainerEngine
+from toolkit import config, containers
+from toolkit.containers import ContainerEngine, images
 from toolkit.errors import StageError
 
 DOCKER = ContainerEngine("docker", "docker", "linux/amd64", "1000:1001", False, False, None, "/var/lib/docker")

@@ -17,6 +17,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from toolkit import graphs
 from toolkit.agent import trtexec
 from toolkit.agent.protocol import OutOfMemory, Refusal
 
@@ -93,7 +94,7 @@ def network(path: Path, precision: str = "fp32", batch: int | None = None, opera
 def request(path: Path, precision: str = "fp32", batches: dict[str, int] | None = BATCHES, **options: Any) -> Any:
     plain = {"optimization_level": None, "dla_core": None, "hardware_compatibility": "none"}
     wanted = {"onnx": str(path), "precision": precision, "input": INPUT, "batches": batches}
-    return wanted | {"options": plain | options}
+    return wanted | {"expected": graphs.precisions(path), "options": plain | options}
 
 
 def built(tool: str, folder: Path, **options: Any) -> dict[str, Any]:
@@ -282,16 +283,11 @@ def test_an_unsupported_operator_is_named_with_its_node(
 
 
 def test_what_is_no_onnx_file_is_refused(play: Callable[..., str], tmp_path: Path) -> None:
+    asked = request(network(tmp_path / "model.onnx", "int8"), "int8")
+    (tmp_path / "model.onnx").write_bytes(b"\x3a\xff\xff\x01 no graph")
     for release in ("8.5", "11.1"):
-        (tmp_path / "model.onnx").write_bytes(b"\x3a\xff\xff\x01 no graph")
         with pytest.raises(Refusal, match="Failed to parse ONNX model from file"):
-            trtexec.build(
-                play(release),
-                request(tmp_path / "model.onnx", "int8"),
-                workspace=None,
-                cache=None,
-                out=str(tmp_path / "engine"),
-            )
+            trtexec.build(play(release), asked, workspace=None, cache=None, out=str(tmp_path / "engine"))
 
 
 def test_shapes_for_a_fixed_batch_are_refused(play: Callable[..., str], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pydantic import (
     ValidationError,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from toolkit import units
@@ -163,10 +164,27 @@ class Profile(Strict):
         return Recipe(**recipe)
 
 
-class Build(Strict):
-    """Where the engine of a target is built."""
+Capability = Annotated[str, Field(pattern=r"^sm_\d{2,3}$")]
+Where = Literal["host", "container", "device", "ahead-of-time"]
 
-    where: Literal["host", "container", "device", "ahead-of-time"] = "host"
+# where each runtime's engines can be built, the natural place first
+PLACES: dict[str, tuple[Where, ...]] = {
+    "onnxruntime": ("device", "host"),
+    "tensorrt": ("device", "container", "host"),
+    "tensorrt-rtx": ("ahead-of-time", "container", "device"),
+}
+
+
+class Build(Strict):
+    """Where and how the engine of a target is built; every key is explained in targets/README.md."""
+
+    where: Where | None = None
+    on: str | None = None
+    workspace: Bytes | None = None
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    dla_core: Annotated[int, Field(ge=0, le=1)] | None = None
+    hardware_compatibility: Literal["none", "ampere+", "same-compute-capability"] = "none"
+    compute_capabilities: list[Capability] = Field(default=[])
 
 
 class Target(Strict):
@@ -176,13 +194,48 @@ class Target(Strict):
     description: str = ""
     profile: str
     arch: Literal["x86_64", "aarch64", "any"] = "any"
-    compute_capability: Annotated[str, Field(pattern=r"^sm_\d{2,3}$")] | None = None
+    compute_capability: Capability | None = None
     runtime: RuntimeName
     host: str | None = None
     root: str | None = None
     image: str | None = None
     threads: int = Field(default=1, ge=1)
     build: Build = Build()
+
+    @model_validator(mode="after")
+    def _check_build(self) -> Target:
+        build = self.build
+        if build.where is not None and build.where not in PLACES[self.runtime]:
+            known = ", ".join(PLACES[self.runtime])
+            raise ValueError(
+                f"a {self.runtime} engine is not built '{build.where}'; it is built in one of: {known}"
+            )
+        if self.runtime != "onnxruntime" and self.compute_capability is None:
+            raise ValueError(f"a target of {self.runtime} needs its GPU's compute_capability, as sm_87")
+        if build.hardware_compatibility == "ampere+" and self.capability < 80:
+            raise ValueError("hardware_compatibility 'ampere+' is for sm_80 and newer GPUs")
+        if build.hardware_compatibility != "none" and self.arch == "aarch64":
+            raise ValueError("TensorRT documents no hardware compatibility for Jetson; leave it out")
+        if build.dla_core is not None and self.arch != "aarch64":
+            raise ValueError("only Jetson modules have a DLA; leave dla_core out")
+        return self
+
+    @property
+    def capability(self) -> int:
+        """The compute capability as a number, 87 for sm_87; 0 without a GPU."""
+        return int(self.compute_capability[3:]) if self.compute_capability else 0
+
+    @property
+    def where(self) -> Where:
+        """Where its engine is built: as the file says, or the natural place of its runtime."""
+        return self.build.where or PLACES[self.runtime][0]
+
+    def using(self, runtime: RuntimeName) -> Target:
+        """Return the target with another runtime, whose engine is built where that runtime's naturally is."""
+        if runtime == self.runtime:
+            return self
+        values = self.model_dump()
+        return Target(**values | {"runtime": runtime, "build": values["build"] | {"where": None}})
 
 
 class Data(Strict):
@@ -378,6 +431,8 @@ def _explain(model: type[BaseModel], path: Path, node: yaml.Node | None, problem
     if problem["type"] == "missing":
         return f"{where}: the key '{key}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{where}: {message}"
     return f"{where}: {key}: {message[0].lower()}{message[1:]} (found {problem['input']!r})"
 
 

@@ -1,7 +1,8 @@
-"""ONNX graphs as the toolkit makes them: run on the host, and held against something else."""
+"""ONNX graphs: run on the host, held against something else, asked for their precision."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,3 +62,29 @@ def difference(expected: Array, found: Array) -> dict[str, Any]:
 def top1(labels: Array, logits: Array) -> float:
     """Return the share of images, 0 to 1, whose largest of ``(N, classes)`` logits is at the label."""
     return float((logits.argmax(1) == labels).mean())
+
+
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def precisions(path: Path) -> dict[str, str]:
+    """Return the precision that each convolution and matrix product asks for, by node name.
+
+    ``int8`` where activations and weights come out of DequantizeLinear, otherwise the type of the activations:
+    ``fp32``, ``fp16`` or ``bf16``.
+    """
+    import onnx
+
+    names = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.input]}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    dequantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    found = {}
+    for node in graph.node:
+        if node.op_type in _PRODUCTS and node.name:
+            quantized = node.input[0] in dequantized and node.input[1] in dequantized
+            precision = "int8" if quantized else names.get(types.get(node.input[0]))
+            if precision is not None:
+                found[node.name] = precision
+    return found

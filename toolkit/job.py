@@ -26,6 +26,7 @@ class Job:
     seed: int
     fast: bool
     allow_fast: bool
+    rebuild_stale: bool
     build: Path
 
     def __post_init__(self) -> None:

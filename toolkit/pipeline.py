@@ -6,10 +6,12 @@ line: configuration, input artifacts, and the function that makes it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from toolkit import compression, engines
+from toolkit.agent.engine import mismatch
 from toolkit.bench import contract
 from toolkit.bench.contract import Verdict
 from toolkit.config import Model
@@ -17,6 +19,9 @@ from toolkit.delivery import release as delivery
 from toolkit.delivery.release import Commitment, Release
 from toolkit.devices import Device, open_device
 from toolkit.devices.agent import Agent, pack
+from toolkit.engines import places
+from toolkit.engines.places import Place
+from toolkit.errors import StageError
 from toolkit.job import Job
 from toolkit.stages import Runner
 from toolkit.store import Artifact, Work, sha256_text
@@ -62,9 +67,10 @@ def run(job: Job, stages: Runner) -> None:
     """
     engines.require_precision(job.target, job.precision)
     networks = compress(job, stages)
-    builder = engines.require_buildable(job.target)
-    device = open_device(job.target, job.build)
-    engine = stages.need(build(job, stages, networks, device, builder))
+    place = stages.prepared(places.choose(job.target, job.build))
+    engine = stages.need(build(job, stages, networks, place))
+    device = stages.prepared(destination(job)).device
+    engine = fit(job, stages, networks, engine, device)
     release = compose(job, networks.data, engine)
     pushed = push(stages, release, device)
     bench = stages.need(measure(job, stages, networks, engine, release, device))
@@ -74,13 +80,29 @@ def run(job: Job, stages: Runner) -> None:
     stages.committed(commit(job, stages, verdict, release, device, pushed))
 
 
+def foresee(job: Job, stages: Runner) -> None:
+    """Say before the first expensive stage what will end the run at a later one; bring the image already."""
+    checks: dict[str, Callable[[], object]] = {
+        "build": lambda: stages.prepared(places.choose(job.target, job.build)),
+        "push": lambda: stages.prepared(destination(job)),
+    }
+    for stage, check in checks.items():
+        if stages.until in STAGES[: STAGES.index(stage)]:
+            return
+        try:
+            check()
+        except StageError as problem:
+            stages.console.warn(f"the run will end before '{stage}': {problem.message}")
+            return
+
+
 def compress(job: Job, stages: Runner) -> Networks:
     """Train, prune, fine-tune, export and quantise: all that does not depend on a device."""
     networks = shrink(job, stages) if job.model.trainable else take_over(job, stages)
     if job.precision == "fp32":
         stages.skip("quantize", "not needed for fp32")
         return networks
-    spelling, images = engines.find(job.target.runtime).spelling, job.profile.calibration_images
+    spelling, images = engines.spelling(job.target), job.profile.calibration_images
     data, exported = networks.data, networks.exported
     graph = stages.make(
         "quantize",
@@ -194,29 +216,46 @@ def _export(work: Work, data: Artifact, model: Model, tuned: Artifact) -> dict[s
     return export.export(work, data, model, tuned)
 
 
-def build(job: Job, stages: Runner, networks: Networks, device: Device, builder: engines.Build) -> Artifact:
-    """Build the engine for the device that it will run on."""
-    facts = device.facts()
+def destination(job: Job) -> Place:
+    """Return where the release is to run; raises StageError when that is no such device, or cannot be reached."""
+    target = job.target
+    device = open_device(target.host, target, job.build)
+    if target.runtime != "onnxruntime":
+        places.require_gpu(target, device, f"push, bench and commit need the device ({target.compute_capability})")
+    return places.native_or_contained(target, device, "the release runs there")
+
+
+def build(job: Job, stages: Runner, networks: Networks, place: Place) -> Artifact:
+    """Build the engine; the artifact is of what it is built from, by which runtime, for which device."""
+    batches = job.profile.benchmark.batches
+    fixed = networks.exported.meta.get("batch") == 1
+    order = engines.Order(
+        target=job.target,
+        precision=job.precision,
+        input=networks.exported.meta.get("input"),
+        batches=None if fixed else {"min": 1, "opt": batches[0], "max": max(batches)},
+    )
     return stages.make(
         "build",
-        {
-            "runtime": job.target.runtime,
-            "version": facts["runtimes"].get(job.target.runtime),
-            "threads": job.target.threads,
-            "precision": job.precision,
-            "device": [facts["arch"], facts["cpu"]],
-        },
+        order.request() | {"place": engines.identity(order, place.device.facts())},
         {"graph": networks.graph},
-        lambda work: builder(
-            work,
-            networks.graph,
-            job.target,
-            Agent(device),
-            job.precision,
-            networks.graph.meta["input"]["shape"][-1],
-        ),
+        lambda work: engines.build(work, networks.graph, order, place.device, stages.store.root / ".timing"),
         amount=1,
     )
+
+
+def fit(job: Job, stages: Runner, networks: Networks, engine: Artifact, device: Device) -> Artifact:
+    """Return the engine when it fits the device; one that does not is built there, if that was asked for."""
+    hint = "rebuild it on the device: the same command with --rebuild-stale"
+    problem = mismatch(engine.meta["fingerprint"], device.facts())
+    if problem is not None and job.rebuild_stale:
+        stages.console.warn(f"the engine does not fit {device.name}: {problem}; building it there")
+        engine = stages.need(build(job, stages, networks, Place(device, "the engine did not fit")))
+        hint = f"correct the target: toolkit targets show {job.target.name}"
+        problem = mismatch(engine.meta["fingerprint"], device.facts())
+    if problem is not None:
+        raise StageError(f"the engine does not fit {device.name}: {problem}", hint)
+    return engine
 
 
 def compose(job: Job, data: Artifact, engine: Artifact) -> Release:
@@ -253,7 +292,7 @@ def measure(
         from toolkit.bench.agreement import agreement
 
         result = delivery.bench(release, Agent(device), settings, work.out, work.progress)
-        latencies = statistics.load(work.out / "latencies.npy")
+        latencies, logits = statistics.load(work.out / "latencies.npy"), work.out / "logits.npy"
         best = max(result["throughput"], key=lambda entry: float(entry["samples_per_s"]))
         return result | {
             "scenario": "SingleStream",
@@ -261,14 +300,14 @@ def measure(
             "latency_ms": statistics.summarise(latencies),
             "throughput": best,
             "batches": result["throughput"],
-            "agreement": agreement(exported, data, work.out / "logits.npy", work.progress),
-            "device": {key: facts[key] for key in ("arch", "cpu", "cores", "os", "runtimes")},
+            "agreement": agreement(exported, data, logits, work.progress) if logits.exists() else None,
+            "device": {key: facts[key] for key in _TOLD},
         }
 
     config = {
         "settings": settings,
         "agent": sha256_text(pack().hex()),
-        "device": [device.name, facts["arch"], facts["cpu"], facts["cores"], facts["runtimes"]],
+        "device": [device.name, *(facts[key] for key in _TOLD)],
     }
     return stages.make("bench", config, {"engine": engine, "data": data, "exported": exported}, make, amount=1)
 
@@ -305,6 +344,7 @@ def commit(
     return Commitment(True, "it kept its contract", switched["current"], switched["previous"])
 
 
+_TOLD = ("arch", "cpu", "cores", "os", "runtimes", "gpus", "driver", "cuda", "l4t", "jetpack", "power_mode")
 _NOT_TRAINING = {"finetune_epochs", "teacher", "temperature", "search_images"}
 
 

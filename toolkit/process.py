@@ -23,6 +23,18 @@ class Finished:
     stderr: str
 
 
+_GRACE = 5.0  # seconds that a process has to end what it started itself
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -75,8 +87,7 @@ def run(
         if timer:
             timer.cancel()
         if process.poll() is None:
-            process.kill()
-            process.wait()
+            _end(process)
         drain.join(timeout=5)
     if expired.is_set():
         raise StageError(f"{argv[0]} did not end within {timeout:g} s", "look at the device's load")

@@ -13,6 +13,7 @@ from typing import Any
 
 from toolkit import pipeline
 from toolkit.console import Console
+from toolkit.engines import places
 from toolkit.errors import ToolkitError, UsageError, disk_errors
 from toolkit.job import Job
 from toolkit.report import document
@@ -56,11 +57,15 @@ def execute(
     error: ToolkitError | None = None
     with disk_errors(job.build, "the run's record"), store.in_use():
         try:
+            pipeline.foresee(job, stages)
             pipeline.run(job, stages)
         except Reached:
             log.info("reached %s", until)
         except ToolkitError as caught:
             error = caught
+            seen = {done.name for done in stages.done}
+            left = [stage for stage in pipeline.STAGES if stage not in seen]
+            console.say(f"not done: {', '.join(left)}; the rest is kept")
         record = document.assemble(name, job, stages, None, error)
         if stages.done:
             folder.mkdir(parents=True)
@@ -79,8 +84,9 @@ def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
     """Say what a run of the job would do; nothing is written.
 
     Returns:
-        A document with ``stages`` (name, cached, seconds, artifact, text), ``seconds`` (estimated for what
-        would run) and ``complete`` (whether every stage's time is known).
+        A document with ``stages`` (name, cached, seconds, artifact, text), ``build`` (where the engine is built,
+        why, and the commands there, a line each), ``seconds`` (estimated for what would run) and ``complete``
+        (whether every stage's time is known).
     """
     planner = Planner(Store(job.build / "store"), Console(quiet=True), "report", rerun, job.fast)
     error: ToolkitError | None = None
@@ -104,6 +110,7 @@ def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
     record = {
         "target": job.target.name,
         "stages": stages,
+        "build": places.explain(job.target, job.build),
         "seconds": round(sum(stage["seconds"] for stage in pending), 1),
         "complete": all(stage["seconds"] for stage in pending),
         "error": {"message": error.message, "hint": error.hint} if error else None,

@@ -16,6 +16,7 @@ from toolkit import units
 from toolkit.bench.contract import Verdict
 from toolkit.console import Console, fresh, reused
 from toolkit.delivery.release import Commitment, Pushed
+from toolkit.engines.places import Place
 from toolkit.report import terminal
 from toolkit.store import Artifact, DamagedError, Progress, Store, Work
 
@@ -31,7 +32,7 @@ VERSIONS = {
     "finetune": 1,
     "export": 2,
     "quantize": 2,
-    "build": 1,
+    "build": 2,
     "bench": 2,
     "report": 1,
 }
@@ -112,6 +113,9 @@ class Runner:
         seconds = time.monotonic() - started
         how = reused(artifact.created, artifact.digest) if artifact.cached else fresh(seconds)
         self.artifacts[name] = artifact
+        if not artifact.cached:
+            for note in artifact.meta.get("notes", ()):
+                self.console.warn(note)
         self._note(name, how, artifact.meta, cached=artifact.cached, seconds=seconds, artifact=artifact.digest)
         return artifact
 
@@ -136,6 +140,12 @@ class Runner:
     def need(self, artifact: Artifact) -> Artifact:
         """Return an artifact that the next step looks into; a plan may end here."""
         return artifact
+
+    def prepared(self, place: Place) -> Place:
+        """Return a place to build at, with everything there that it takes."""
+        with self.console.progress("image") as progress:
+            place.prepare(lambda line: progress(0, 0, line[:120]))
+        return place
 
     def judged(self, verdict: Verdict) -> None:
         """Keep the verdict."""
@@ -248,3 +258,9 @@ class Planner(Runner):
         if artifact.is_pending:
             raise Reached(artifact.stage)
         return artifact
+
+    def prepared(self, place: Place) -> Place:
+        """End the plan where the image is not there yet: only inside it is known what it would build."""
+        if not place.ready:
+            raise Reached("build")
+        return place

@@ -44,8 +44,9 @@ def measure(device: Device, folder: Path) -> dict[str, Any]:
     network(folder / "model.onnx")
     place = f"{device.root}/building"
     device.put(folder / "model.onnx", f"{place}/model.onnx")
-    request = {"onnx": f"{place}/model.onnx", "out": place, "threads": 1, "precision": "fp32", "input_size": SIZE}
-    built = agent.ask("build", request)
+    image = {"name": "images", "shape": [3, SIZE, SIZE]}
+    asked = {"runtime": "onnxruntime", "precision": "fp32", "threads": 1, "input": image, "batches": None}
+    built = agent.ask("build", asked | {"onnx": f"{place}/model.onnx", "out": place, "root": device.root})
     sources = {name: folder / name for name in (built["file"], "engine.json")}
     for name, path in sources.items():
         device.get(f"{place}/{name}", path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from tests.integration.conftest import build_base, is_native
 from tests.integration.measuring import measure
 from toolkit import containers
+from toolkit.containers import building
 from toolkit.devices.container import ContainerDevice
 from toolkit.devices.local import LocalDevice
 
@@ -35,15 +36,15 @@ def emulated(daemon: None) -> None:
 class Emulated(ContainerDevice):
     """Hides the host's processors: ONNX Runtime's cpuinfo crashes where /sys lists those of another kind."""
 
-    def command(self, argv: Sequence[str], name: str) -> list[str]:
-        engine, verb, *rest = super().command(argv, name)
+    def command(self, argv: Sequence[str], name: str, env: Mapping[str, str] | None = None) -> list[str]:
+        engine, verb, *rest = super().command(argv, name, env)
         return [engine, verb, "--mount", "type=tmpfs,target=/sys/devices/system/cpu", *rest]
 
 
 def test_the_agent_measures_on_arm64(emulated: None, tmp_path: Path) -> None:
     build_base("arm64", tmp_path)
     engine = containers.find_engine()
-    image = containers.build_image(engine, "agent", print, platform="linux/arm64")
+    image = building.build_image(engine, "agent", print, platform="linux/arm64")
     (tmp_path / "device").mkdir()
     kind = ContainerDevice if is_native("arm64") else Emulated
     device = kind(LocalDevice(tmp_path / "device"), engine, image.tag, gpu=False)

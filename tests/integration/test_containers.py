@@ -21,13 +21,13 @@ import pytest
 from tests.conftest import run_toolkit, write_job
 from tests.integration.conftest import SECRET, SLIM, build_base, docker
 from tests.integration.measuring import measure
-from toolkit import containers, images
-from toolkit.containers import ContainerEngine
+from toolkit import containers
+from toolkit.containers import ContainerEngine, building, images
+from toolkit.containers.images import Choice
 from toolkit.devices.agent import Agent
 from toolkit.devices.container import ContainerDevice
 from toolkit.devices.local import LocalDevice
 from toolkit.errors import StageError
-from toolkit.images import Choice
 
 pytestmark = pytest.mark.containers
 
@@ -52,7 +52,7 @@ def built(bases: None) -> Iterator[subprocess.CompletedProcess[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOOLKIT_TRAIN", images.catalogue()["toolkit"].tag)
         result = run_toolkit(images.folder().parent, "containers", "build", timeout=900)
-        containers.build_image(containers.find_engine(), "jetson-r10.3.0", print)
+        building.build_image(containers.find_engine(), "jetson-r10.3.0", print)
         yield result
 
 
@@ -151,10 +151,10 @@ def test_an_image_that_cannot_be_had(engine: ContainerEngine) -> None:
     with pytest.raises(
         StageError, match=r"image localhost:1/none:1 is not there and cannot be pulled: .*refused"
     ) as caught:
-        containers.require_image(engine, Choice("localhost:1/none:1", "a test"), print)
+        building.require_image(engine, Choice("localhost:1/none:1", "a test"), print)
     assert "login" in (caught.value.hint or "")
     with pytest.raises(StageError, match=r"its base standin/tensorrt:25.08-py3 cannot be pulled"):
-        containers.build_image(engine, "engine-25.08", print)
+        building.build_image(engine, "engine-25.08", print)
 
 
 @pytest.mark.parametrize(
@@ -234,3 +234,32 @@ def test_an_interrupted_run_leaves_no_container(built: Any, tmp_path: Path) -> N
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert not docker("ps", "--all", "--quiet")
+
+
+@pytest.mark.parametrize(("name", "capability"), [("t4", "sm_75"), ("a100", "sm_80")])
+def test_an_engine_is_built_in_the_container(
+    engine: ContainerEngine, finished_copy: Path, name: str, capability: str
+) -> None:
+    """The engine image, with TensorRT for RTX in TensorRT's place."""
+    target = f"""\
+profile: tiny
+arch: x86_64
+compute_capability: {capability}
+runtime: tensorrt-rtx
+image: {images.catalogue()["engine-26.05"].tag}
+build: {{where: container}}
+"""
+    write_job(finished_copy, target=target)
+    (finished_copy / "targets" / "tiny.yaml").rename(finished_copy / "targets" / f"{name}.yaml")
+    result = run_toolkit(finished_copy, "build", name, "--precision", "fp16", "--json", "-v")
+    assert result.returncode == 0, result.stderr
+    assert " run --rm " in result.stderr
+    document = json.loads(result.stdout)
+    fingerprint = document["engine"]["fingerprint"]
+    assert fingerprint["compute_capability"] == [capability]
+    assert "@sha256:" in fingerprint["container"]
+    engine_file = finished_copy / "build" / "store" / "build" / document["artifacts"]["build"] / "model.engine"
+    assert engine_file.stat().st_size == document["engine"]["bytes"]
+    assert not docker("ps", "--all", "--quiet"), "a container was left"
+    planned = run_toolkit(finished_copy, "plan", name, "--precision", "fp16")
+    assert "docker run --rm" in planned.stdout

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
+from types import FrameType
 from typing import Any
 
 from . import facts, releases
@@ -33,11 +35,17 @@ VERBS = {
 }
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End like on Ctrl-C when the host breaks off, so that what this process started ends too."""
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str]) -> int:
     """Run ``agent.pyz VERB`` with a request on standard input; 0 after a result, 1 after a refusal."""
     if len(arguments) != 1 or arguments[0] not in VERBS:
         print("usage: agent.pyz {}".format("|".join(VERBS)), file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         emit("result", value=VERBS[arguments[0]](receive()))
     except Refusal as refusal:

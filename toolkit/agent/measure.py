@@ -6,12 +6,13 @@ import gc
 import os
 import time
 from array import array
-from typing import Any, Optional
+from importlib import util
+from typing import Any
 
 import numpy as np
 
-from . import engine, facts, releases
-from .protocol import progress
+from . import cuda, engine, facts, releases, trtexec
+from .protocol import Refusal, progress
 
 _ROTATED = 256  # distinct images that latency and throughput rotate through
 
@@ -27,56 +28,115 @@ def bench(request: dict[str, Any]) -> dict[str, Any]:
             ``queries`` (at least so many), ``batches``.
 
     Returns:
-        ``accuracy`` (0 to 1, None without labels), ``not_measured`` (the reason for what is None), ``images``,
-        ``throughput`` (``batch``, ``samples_per_s`` each), ``load_ms``, ``first_ms``, ``peak_memory_bytes``
-        (after latency and throughput), ``provider``. Beside it ``latencies.npy`` (int64 nanoseconds, in order)
-        and ``logits.npy`` (float32, ``(N, ...)``).
+        ``accuracy`` (0 to 1, or None), ``not_measured`` (what could not be, and why), ``images``, ``throughput``
+        (``batch``, ``samples_per_s`` each), ``load_ms``, ``first_ms``, ``peak_memory_bytes`` (after latency and
+        throughput), ``provider``, ``settings``, ``layers``, ``notes``. Beside it ``latencies.npy`` (int64
+        nanoseconds, in order) and ``logits.npy`` (float32, ``(N, classes)``; absent when it was not measured).
     """
     with releases.locked(request["root"]):
-        folder, out = request["release"], request["out"]
-        images = np.load(os.path.join(folder, "evaluation", "images.npy"), mmap_mode="r")
-        labels = _labels(folder)
-        os.makedirs(out, exist_ok=True)
+        os.makedirs(request["out"], exist_ok=True)
+        description = engine.read(request["release"], request["root"])
+        if description["runtime"] == "tensorrt" and not _can_run_plans():
+            return _with_trtexec(request, description)
+        return _with_session(request)
 
-        started = time.perf_counter_ns()
-        session = engine.load(folder)
-        loaded = time.perf_counter_ns()
-        queries = [np.array(images[i : i + 1]) for i in range(min(_ROTATED, len(images)))]
-        first = time.perf_counter_ns()
-        session.run(queries[0])
-        first = time.perf_counter_ns() - first
 
-        latencies = single_stream(
-            session, queries, request["warmup_ms"], request["duration_ms"], request["queries"]
+def _with_session(request: dict[str, Any]) -> dict[str, Any]:
+    folder, out = request["release"], request["out"]
+    images = np.load(os.path.join(folder, "evaluation", "images.npy"), mmap_mode="r")
+    started = time.perf_counter_ns()
+    session = engine.load(folder, request["root"])
+    loaded = time.perf_counter_ns()
+    queries = [np.array(images[i : i + 1]) for i in range(min(_ROTATED, len(images)))]
+    first = time.perf_counter_ns()
+    session.run(queries[0])
+    first = time.perf_counter_ns() - first
+
+    latencies = single_stream(session, queries, request["warmup_ms"], request["duration_ms"], request["queries"])
+    np.save(os.path.join(out, "latencies.npy"), latencies)
+    throughput = [
+        {"batch": batch, "samples_per_s": offline(session, queries, batch, request["duration_ms"])}
+        for batch in request["batches"]
+        if batch <= session.max_batch
+    ]
+    peak = facts.peak_memory()
+
+    logits = evaluate(session, images)
+    np.save(os.path.join(out, "logits.npy"), logits)
+    session.close()
+    accuracy, not_measured = None, {"accuracy": "the data have no labels"}
+    if os.path.exists(os.path.join(folder, "evaluation", "labels.npy")):
+        labels = np.load(os.path.join(folder, "evaluation", "labels.npy"))
+        accuracy, not_measured = float((logits.argmax(1) == labels).mean()), {}
+    return {
+        "accuracy": accuracy,
+        "not_measured": not_measured,
+        "images": len(images),
+        "throughput": throughput,
+        "load_ms": (loaded - started) / 1e6,
+        "first_ms": first / 1e6,
+        "peak_memory_bytes": peak,
+        "provider": session.provider,
+        "settings": session.settings,
+        "layers": session.layers,
+        "notes": session.notes,
+    }
+
+
+def _can_run_plans() -> bool:
+    return util.find_spec("tensorrt") is not None and cuda.available()
+
+
+def _with_trtexec(request: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+    """Measure latency and throughput with trtexec, where Python cannot run a plan; accuracy it cannot measure."""
+    program = trtexec.find()
+    if program is None:
+        raise Refusal(
+            "the device can run no TensorRT engine: it lacks its Python bindings, or CUDA's, and trtexec",
+            "apt-get install python3-libnvinfer libnvinfer-bin, and python3 -m pip install cuda-python",
         )
-        np.save(os.path.join(out, "latencies.npy"), latencies)
-        throughput = [
-            {"batch": batch, "samples_per_s": offline(session, queries, batch, request["duration_ms"])}
-            for batch in request["batches"]
-        ]
-        peak = facts.peak_memory()
-
-        logits = evaluate(session, images, max(request["batches"]))
-        np.save(os.path.join(out, "logits.npy"), logits)
-        return {
-            "accuracy": None if labels is None else float((logits.argmax(1) == labels).mean()),
-            "not_measured": {"accuracy": "the data have no labels"} if labels is None else {},
-            "images": len(images),
-            "throughput": throughput,
-            "load_ms": (loaded - started) / 1e6,
-            "first_ms": first / 1e6,
-            "peak_memory_bytes": peak,
-            "provider": session.provider,
-        }
-
-
-def _labels(folder: str) -> Optional[np.ndarray]:
-    path = os.path.join(folder, "evaluation", "labels.npy")
-    return np.load(path) if os.path.exists(path) else None
+    largest = description["batches"]["max"] if description["batches"] else 1
+    measured = [
+        (
+            batch,
+            trtexec.latency(
+                program,
+                os.path.join(request["release"], description["file"]),
+                network_input=description["input"],
+                dynamic=description["batches"] is not None,
+                batch=batch,
+                warmup_ms=request["warmup_ms"],
+                duration_ms=request["duration_ms"],
+                queries=request["queries"],
+            ),
+        )
+        for batch in sorted({1, *request["batches"]})
+        if batch <= largest
+    ]
+    single = measured[0][1]
+    np.save(os.path.join(request["out"], "latencies.npy"), single["latencies"])
+    why = "trtexec measures latency only; accuracy needs TensorRT's Python bindings and cuda-python on the device"
+    return {
+        "accuracy": None,
+        "not_measured": {"accuracy": why, "peak memory": why},
+        "images": 0,
+        "throughput": [
+            {"batch": batch, "samples_per_s": result["samples_per_s"]}
+            for batch, result in measured
+            if batch in request["batches"]
+        ],
+        "load_ms": None,
+        "first_ms": None,
+        "peak_memory_bytes": None,
+        "provider": description["provider"] + " through trtexec",
+        "settings": single["settings"],
+        "layers": description["layers"],
+        "notes": [why],
+    }
 
 
 def single_stream(
-    session: engine.Session, queries: list[np.ndarray], warmup: float, duration: float, least: int
+    session: Any, queries: list[np.ndarray], warmup: float, duration: float, least: int
 ) -> np.ndarray:
     """Return the nanoseconds of each query, sent one after another.
 
@@ -119,7 +179,7 @@ def single_stream(
     return np.array(taken, np.int64)
 
 
-def offline(session: engine.Session, queries: list[np.ndarray], batch: int, duration: float) -> float:
+def offline(session: Any, queries: list[np.ndarray], batch: int, duration: float) -> float:
     """Return samples per second at a batch size, over ``duration`` milliseconds or three runs at least."""
     pool = np.concatenate(queries)
     batches = [pool.take(range(i * batch, (i + 1) * batch), axis=0, mode="wrap") for i in range(4)]
@@ -134,8 +194,9 @@ def offline(session: engine.Session, queries: list[np.ndarray], batch: int, dura
     return done * batch / (time.perf_counter_ns() - start) * 1e9
 
 
-def evaluate(session: engine.Session, images: np.ndarray, batch: int) -> np.ndarray:
-    """Return the logits of every image, float32 ``(N, classes)``, in batches that the engine takes."""
+def evaluate(session: Any, images: np.ndarray) -> np.ndarray:
+    """Return the logits of every image, float32 ``(N, classes)``."""
+    batch = min(64, session.max_batch)
     parts = []
     for start in range(0, len(images), batch):
         parts.append(np.asarray(session.run(np.array(images[start : start + batch])), np.float32))

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -271,7 +270,7 @@ def _build_flags(here: tuple[int, ...], request: dict[str, Any], workspace: int 
     level = options["optimization_level"]
     if level is not None:
         flags.append("{}={}".format(wanted("--builderOptimizationLevel", "the optimization level"), level))
-    if options["hardware_compatibility"] != "none":
+    if options["hardware_compatibility"] not in (None, "none"):
         flag = "--hardwareCompatibilityLevel=" + _COMPATIBILITY[options["hardware_compatibility"]]
         flags.append(wanted(flag, "hardware compatibility"))
     if precision == "fp32":
@@ -287,54 +286,9 @@ def _build_flags(here: tuple[int, ...], request: dict[str, Any], workspace: int 
     elif _knows(here, "--fp16"):
         if precision == "int8":
             flags.append("--int8")
-        if precision == "fp16" or (precision == "int8" and _holds_fp16(request["onnx"])):
+        if precision == "fp16" or (precision == "int8" and "fp16" in request["expected"].values()):
             flags.append("--fp16")
     return flags
-
-
-def _holds_fp16(path: str) -> bool:
-    """Return whether an ONNX file has float16 weights (``ModelProto.graph.initializer.data_type``)."""
-    with open(path, "rb") as file:
-        model = memoryview(file.read())
-    try:
-        return any(
-            field == 2 and value == 10
-            for number, graph in _fields(model)
-            if number == 7
-            for part, tensor in _fields(graph)
-            if part == 5
-            for field, value in _fields(tensor)
-        )
-    except IndexError:
-        return False  # no ONNX file: trtexec says so
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
-    """Yield the number and value of each field of a protobuf message that is a varint or has a length."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, varint()
-        elif kind == 2:
-            size = varint()
-            yield key >> 3, message[at : at + size]
-            at += size
-        else:
-            at += 8 if kind == 1 else 4
 
 
 def _die_with_parent() -> None:

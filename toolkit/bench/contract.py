@@ -61,14 +61,21 @@ def judge(
     """
     accuracy = bench["accuracy"]
     drop = None if accuracy is None or reference_accuracy is None else reference_accuracy - accuracy
-    no_accuracy = f"not measured: {bench['not_measured'].get('accuracy')}"
+    why = {name: f"not measured: {reason}" for name, reason in bench["not_measured"].items()}
+    no_accuracy = why.get("accuracy", "not measured")
     rate = bench["throughput"]["samples_per_s"]
     clauses = [
         *(_latency(percentile, contract, bench) for percentile in PERCENTILES),
         _line("throughput", contract.throughput, rate, "samples/s", at_least=True),
         _line("accuracy", contract.min_accuracy, accuracy, "", at_least=True, missing=no_accuracy),
         _line("accuracy drop", contract.max_accuracy_drop, drop, "", missing=no_accuracy),
-        _line("peak memory", contract.peak_memory, bench["peak_memory_bytes"], "bytes"),
+        _line(
+            "peak memory",
+            contract.peak_memory,
+            bench["peak_memory_bytes"],
+            "bytes",
+            missing=why.get("peak memory", ""),
+        ),
         _line("engine size", contract.engine_size, engine_bytes, "bytes"),
     ]
     lines = [line for line in clauses if line is not None]

@@ -20,7 +20,7 @@ def containers(ctx: click.Context) -> None:
 
 
 def _described(choice: dict[str, Any]) -> list[str]:
-    from toolkit import images
+    from toolkit.containers import images
 
     tensorrt, sure = choice.get("tensorrt"), choice.get("sure")
     return [*([f"TensorRT {tensorrt}"] if tensorrt else []), *([images.CERTAINTY[sure]] if sure else [])]
@@ -30,8 +30,9 @@ def _described(choice: dict[str, Any]) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def listed(as_json: bool = False) -> None:
     """List every image, and which one a target would use and why."""
-    from toolkit import config, images
+    from toolkit import config
     from toolkit.cli import print_json
+    from toolkit.containers import images
     from toolkit.errors import StageError
 
     catalogue = images.catalogue()
@@ -62,15 +63,16 @@ def listed(as_json: bool = False) -> None:
 @click.option("--platform", metavar="OS/ARCH", help="Build for this platform, emulated if need be, as linux/arm64.")
 def build(names: tuple[str, ...], platform: str | None) -> None:
     """Build the named images, or all that this host can."""
-    from toolkit import containers, images, units
+    from toolkit import units
     from toolkit.console import Console
+    from toolkit.containers import building, find_engine, images
     from toolkit.errors import StageError, UsageError
 
     catalogue = images.catalogue()
     for name in names:
         if name not in catalogue:
             raise UsageError(f"no image is called '{name}'", units.nearest(name, list(catalogue)))
-    engine = containers.find_engine()
+    engine = find_engine()
     wanted = platform or engine.platform
     built = failed = 0
     for name in names or catalogue:
@@ -78,7 +80,7 @@ def build(names: tuple[str, ...], platform: str | None) -> None:
         try:
             if wanted not in platforms:
                 raise StageError(f"it is for {' and '.join(platforms)}, not for {wanted}")
-            containers.build_image(engine, name, Console().say, platform)
+            building.build_image(engine, name, Console().say, platform)
         except StageError as error:
             failed += 1
             click.echo(f"{name:<16} {'failed' if names else 'skipped'}: {error.message}")
@@ -95,10 +97,11 @@ def build(names: tuple[str, ...], platform: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(target: str | None, as_json: bool) -> None:
     """Examine the container engine of this host, or of TARGET's."""
-    from toolkit import config, containers
+    from toolkit import config
     from toolkit.cli import print_json
+    from toolkit.containers.doctor import examine
 
-    checks = containers.examine(config.load_target(target) if target else None)
+    checks = examine(config.load_target(target) if target else None)
     if as_json:
         print_json([vars(check) for check in checks])
     else:

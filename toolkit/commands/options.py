@@ -58,6 +58,9 @@ _OPTIONS = (
     click.option("--profile", shell_complete=complete("profiles"), help="Profile instead of the target's own."),
     click.option("--flops", metavar="BUDGET", help="FLOPs budget, as 60M or 75%."),
     click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Precision of the engine."),
+    click.option("--runtime", type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
+                 help="Runtime instead of the target's own."),
+    click.option("--rebuild-stale", is_flag=True, help="Build on the device what does not fit it."),
     click.option("--host", help="Where the target is; the target file's host by default."),
     click.option("--seed", type=click.IntRange(0, 2**31), default=123, show_default=True),
     click.option("--fast", is_flag=True, help="A short recipe on part of the data; the result is marked."),
@@ -91,6 +94,8 @@ def job_from(
     profile: str | None,
     flops: str | None,
     precision: str | None,
+    runtime: str | None,
+    rebuild_stale: bool,
     host: str | None,
     seed: int,
     fast: bool,
@@ -103,14 +108,24 @@ def job_from(
     """Return the job that the options describe; raises UsageError naming what is wrong."""
     from typing import cast
 
+    from pydantic import ValidationError
+
     from toolkit import config
     from toolkit.errors import UsageError
     from toolkit.job import Job
 
-    logging.basicConfig(level=[logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)])
+    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
+    logging.basicConfig(level=level)
+    logging.getLogger("toolkit").setLevel(level)  # the root logger is silenced while libraries are at work
     chosen = config.load_target(target)
     if host is not None:
         chosen = chosen.model_copy(update={"host": host})
+    if runtime is not None:
+        try:
+            chosen = chosen.using(cast(config.RuntimeName, runtime))
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise UsageError(f"--runtime {runtime}: {problem}", "toolkit targets show " + target) from None
     settings = config.load_profile(profile or chosen.profile)
     if flops is not None and model.startswith("onnx:"):
         raise UsageError("an ONNX file is not pruned to a budget", "leave out --flops")
@@ -128,5 +143,6 @@ def job_from(
         seed=seed,
         fast=fast,
         allow_fast=allow_fast,
+        rebuild_stale=rebuild_stale,
         build=build_folder,
     )

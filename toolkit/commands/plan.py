@@ -22,6 +22,8 @@ def plan(**options: Any) -> None:
     else:
         for stage in planned.document["stages"]:
             click.echo(f"{stage['name']:<9} {stage['text']}")
+        for number, line in enumerate(planned.document["build"]):
+            click.echo(f"{'' if number else 'engine':<9} {line}")
         seconds = planned.document["seconds"]
         pending = sum(not stage["cached"] for stage in planned.document["stages"])
         known = "" if planned.document["complete"] else " for the stages that have been run before"

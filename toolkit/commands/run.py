@@ -19,10 +19,10 @@ def _go(until: str, options: dict[str, Any]) -> None:
     console = Console(quiet=options["quiet"])
     job = job_from(**options)
     if options["in_container"]:
-        from toolkit import containers
+        from toolkit.containers.inside import run_inside
 
         arguments = [argument for argument in sys.argv[1:] if argument != "--in-container"]
-        raise click.exceptions.Exit(containers.run_inside(arguments, job, console.say))
+        raise click.exceptions.Exit(run_inside(arguments, job, console.say))
     outcome = runs.execute(job, until, console, frozenset(options["rerun"]))
     if options["as_json"]:
         print_json(outcome.document)

@@ -108,7 +108,12 @@ def _to_int8(
             options = {
                 "activation_type": QuantType.QInt8,
                 "op_types_to_quantize": ["Conv", "Gemm", "Add"],
-                "extra_options": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+                "extra_options": {
+                    "ActivationSymmetric": True,
+                    "WeightSymmetric": True,
+                    "QuantizeBias": False,
+                    "AddQDQPairToWeight": True,
+                },
             }
         else:
             options = {"activation_type": QuantType.QUInt8}

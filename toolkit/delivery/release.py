@@ -128,7 +128,8 @@ def bench(
         }
         result = agent.ask("bench", request, progress=progress)
         for name in ("latencies.npy", "logits.npy"):
-            device.get(f"{folder}/{name}", out / name)
+            if device.exists(f"{folder}/{name}"):
+                device.get(f"{folder}/{name}", out / name)
     finally:
         device.remove(folder)
     return result

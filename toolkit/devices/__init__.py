@@ -44,18 +44,25 @@ class Device(Protocol):
         """Remove a folder and what is in it."""
 
 
-def open_device(target: Target, build_folder: Path) -> Device:
-    """Return the device that a target names.
+def open_device(host: str | None, target: Target, build: Path, root: Path | None = None) -> Device:
+    """Return a machine.
+
+    Args:
+        host: None or ``local`` for this machine.
+        target: Whose releases go there; its ``root`` is where.
+        build: Folder of artifacts; without a ``root``, this machine keeps a target's releases below it.
+        root: Folder on the machine instead of the target's.
 
     Raises:
-        StageError: It is on another host, which this version cannot reach.
+        StageError: It is another host, which this version cannot reach.
     """
     from toolkit.devices.local import LocalDevice
 
-    if target.host not in (None, "local"):
+    if host not in (None, "local"):
         raise StageError(
-            f"the device '{target.host}' is reached over SSH, which this version does not do",
-            "leave --host out, or copy the engine's folder there yourself",
+            f"'{host}' is reached over SSH, which this version does not do",
+            "run the toolkit on that machine, without --host",
         )
-    root = Path(target.root).expanduser() if target.root else build_folder / "devices" / target.name
+    if root is None:
+        root = Path(target.root).expanduser() if target.root else build / "devices" / target.name
     return LocalDevice(root.absolute())

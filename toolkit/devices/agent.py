@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,8 @@ from toolkit import agent
 from toolkit.devices import Device
 from toolkit.errors import StageError
 from toolkit.store import Progress
+
+log = logging.getLogger(__name__)
 
 _MAIN = "import sys\n\nfrom agent.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
 
@@ -39,14 +42,9 @@ class Agent:
         self.device = device
 
     @cached_property
-    def path(self) -> str:
-        """Path of the agent on the device; brings it there when it is not."""
-        content = pack()
-        name = f"{hashlib.sha256(content).hexdigest()[:16]}.pyz"
-        path = f"{self.device.root}/agents/{name}"
-        if not self.device.exists(path):
-            self.device.put(content, path)
-        return path
+    def place(self) -> str:
+        """Path of the agent on the device, there or not."""
+        return f"{self.device.root}/agents/{hashlib.sha256(pack()).hexdigest()[:16]}.pyz"
 
     def ask(
         self,
@@ -73,12 +71,16 @@ class Agent:
             else:
                 answers.append(event)
 
+        if not self.device.exists(self.place):
+            self.device.put(pack(), self.place)
         finished = self.device.run(
-            [self.device.python, self.path, verb],
+            [self.device.python, self.place, verb],
             stdin=json.dumps(request | {"protocol": agent.PROTOCOL}),
             on_line=hear,
             timeout=timeout,
         )
+        for line in finished.stderr.splitlines():
+            log.info("%s: %s", self.device.name, line)
         answer: dict[str, Any] = answers[-1] if answers else {"event": "nothing"}
         if answer["event"] == "result":
             return dict(answer["value"])

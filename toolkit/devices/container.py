@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class ContainerDevice:
     Args:
         inner: The machine.
         engine: Its container engine.
-        image: Name and tag; see :func:`toolkit.containers.require_image`.
+        image: Name and tag; see :func:`toolkit.containers.building.require_image`.
         gpu: Whether the programs need the GPUs.
     """
 
@@ -35,18 +36,27 @@ class ContainerDevice:
         self.name = f"container {image} on {inner.name}"
 
     def facts(self) -> dict[str, Any]:
-        """Return what the container sees of its machine, and ``container``: the image with its digest."""
+        """Return what the agent in the container sees of its machine; asked once."""
+        return self._facts
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
         from toolkit.devices.agent import Agent
 
-        found = Agent(self).ask("facts", {"root": self.root})
+        return Agent(self).ask("facts", {"root": self.root})
+
+    @cached_property
+    def _identity(self) -> str:
+        """The image with its digest, which becomes part of an engine's fingerprint."""
         image = containers.inspect(self.engine, self.image) or {}
         digest = next(iter(image.get("RepoDigests") or ()), image.get("Id", "")).rpartition("@")[2]
-        return found | {"container": f"{self.image}@{digest}"}
+        return f"{self.image}@{digest}"
 
-    def command(self, argv: Sequence[str], name: str) -> list[str]:
+    def command(self, argv: Sequence[str], name: str, env: Mapping[str, str] | None = None) -> list[str]:
         """Return the command that runs a program in a container of that name."""
+        mounts, home = [self.root], f"{self.root}/home"
         return containers.run_command(
-            self.engine, self.image, argv, mounts=[self.root], gpu=self.gpu, name=name, home=f"{self.root}/home"
+            self.engine, self.image, argv, mounts=mounts, gpu=self.gpu, name=name, home=home, env=env
         )
 
     def run(
@@ -63,7 +73,7 @@ class ContainerDevice:
             StageError: The container could not be started, or the program ran past ``timeout``.
         """
         name = containers.unique_name()
-        command = self.command(argv, name)
+        command = self.command(argv, name, {"TOOLKIT_IMAGE": self._identity})
         ended = False
         try:
             finished = self.inner.run(command, stdin=stdin, on_line=on_line, timeout=timeout)

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ class LocalDevice:
         self.root = str(root)
 
     def facts(self) -> dict[str, Any]:
-        """Return what this machine is."""
+        """Return what this machine is; asked once."""
+        return self._facts
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
         return facts.collect({"root": self.root})
 
     def run(

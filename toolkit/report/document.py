@@ -13,7 +13,7 @@ from toolkit.stages import Runner
 SCHEMA = Path(__file__).with_name("run.schema.json")
 _BENCH = (
     "scenario", "samples", "latency_ms", "throughput", "batches", "accuracy", "not_measured", "agreement", "images",
-    "peak_memory_bytes", "load_ms", "first_ms", "provider", "device",
+    "peak_memory_bytes", "load_ms", "first_ms", "provider", "settings", "layers", "device",
 )  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def assemble(run: str, job: Job, stages: Runner, report: Path | None, error: Too
             "precision": engine.meta["precision"],
             "provider": engine.meta["provider"],
             "bytes": engine.meta["bytes"],
+            "fingerprint": engine.meta["fingerprint"],
             "sha256": engine.sha256(engine.meta["file"]),
         },
         "bench": None if bench is None else {key: bench[key] for key in _BENCH},

@@ -61,7 +61,10 @@ def _quantize(meta: Mapping[str, Any]) -> str:
 
 
 def _build(meta: Mapping[str, Any]) -> str:
-    return f"{meta['runtime']} {meta['precision']} on {meta['provider']}, {units.size(meta['bytes'])}"
+    capabilities = meta["fingerprint"].get("compute_capability")
+    whom = f" for {', '.join(capabilities)}" if capabilities else ""
+    version = meta["fingerprint"]["version"]
+    return f"{meta['runtime']} {version}, {meta['precision']}{whom}, {units.size(meta['bytes'])}"
 
 
 def _push(meta: Mapping[str, Any]) -> str:
@@ -83,6 +86,8 @@ def _quality(meta: Mapping[str, Any]) -> str:
     if meta["accuracy"] is not None:
         return f"accuracy {meta['accuracy']:.2%}"
     agreement = meta["agreement"]
+    if agreement is None:
+        return "accuracy not measured"
     if agreement["top1"] is not None:
         return f"same top-1 as ONNX Runtime fp32 on {agreement['top1']:.1%}"
     return f"differs from ONNX Runtime fp32 by at most {agreement['max_absolute']:.1g}"

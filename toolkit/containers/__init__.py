@@ -10,18 +10,14 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from toolkit import images, process, units
-from toolkit.errors import StageError, UsageError, disk_errors
-from toolkit.images import Choice, Image
+from toolkit import process
+from toolkit.errors import StageError
 from toolkit.process import Finished
 
 if TYPE_CHECKING:
-    from toolkit.config import Target
     from toolkit.devices import Device
-    from toolkit.job import Job
 
 Run = Callable[..., Finished]
 """``process.run`` for this machine, or a device's ``run`` for another."""
@@ -30,8 +26,6 @@ Say = Callable[[str], None]
 # how docker and podman call what uname calls otherwise
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
-_COMFORTABLE_BYTES = 30e9  # an NGC image, and room to build on it
-
 _PROBE = """
 echo "user=$(id -u):$(id -g)"
 cat /etc/cdi/* /var/run/cdi/* 2> /dev/null | grep -q nvidia.com/gpu && echo cdi=yes
@@ -39,6 +33,12 @@ command -v nvidia-container-runtime-hook > /dev/null && echo hook=yes
 test -e /etc/nv_tegra_release && echo jetson=yes
 exit 0
 """
+
+
+# an image that does not set these two gets no libcuda from the runtime
+JETSON_GPU = (
+    "--runtime", "nvidia", "--env", "NVIDIA_VISIBLE_DEVICES=all", "--env", "NVIDIA_DRIVER_CAPABILITIES=all",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,10 @@ def _gpu_options(kind: str, info: dict[str, Any], probe: dict[str, str]) -> tupl
         return cdi if "cdi" in probe else None
     registered = "nvidia" in (info.get("Runtimes") or {})
     if registered and "jetson" in probe:
-        # an image that does not set these two gets no libcuda from the runtime
-        shown = ("--env", "NVIDIA_VISIBLE_DEVICES=all", "--env", "NVIDIA_DRIVER_CAPABILITIES=all")
-        return ("--runtime", "nvidia", *shown)
+        return JETSON_GPU
     if registered or "hook" in probe:
         return ("--gpus", "all")
     return cdi if "cdi" in probe and info.get("CDISpecDirs") else None
-
-
-# --- running -------------------------------------------------------------------------------------------------
 
 
 def unique_name() -> str:
@@ -278,237 +273,8 @@ def refused(engine: ContainerEngine, image: str, returncode: int, stderr: str) -
     return StageError(f"{engine.command} could not run {image}: {reason}", "toolkit containers doctor looks closer")
 
 
-def run_inside(arguments: Sequence[str], job: Job, say: Say) -> int:
-    """Run the toolkit with the same arguments in the ``train`` image, with the terminal's own streams.
-
-    Args:
-        arguments: Of the command line.
-        job: What they describe; what it reads and writes is at the same path inside.
-        say: Told of the image's progress.
-
-    Returns:
-        The command's exit code.
-
-    Raises:
-        StageError: There is no engine or no image, or the container could not be started.
-        UsageError: The target's ``root`` is a path below HOME, which is another one inside.
-    """
-    if (job.target.root or "").startswith("~"):
-        raise UsageError(
-            f"the root '{job.target.root}' of '{job.target.name}' is another folder in a container",
-            "write it as an absolute path, or leave --in-container out",
-        )
-    engine = find_engine()
-    image = images.catalogue()["train"]
-    require_image(engine, Choice(image.tag, "it trains", image.name, image.base), say)
-    written = [path.absolute() for path in (job.build, Path(job.target.root or job.build))]
-    for path in written:
-        with disk_errors(path, "the run"):
-            path.mkdir(parents=True, exist_ok=True)
-    read = [Path(path).absolute() for path in (job.data.path, job.model.weights) if path and Path(path).exists()]
-    name = unique_name()
-    command = run_command(
-        engine,
-        image.tag,
-        ["toolkit", *arguments],
-        mounts=sorted({str(path) for path in (Path.cwd(), *written, *read)}),
-        gpu=engine.gpu is not None,
-        name=name,
-        home=f"{written[0]}/home",
-        env={key: os.environ[key] for key in ("TOOLKIT_BUILD", "NO_COLOR") if key in os.environ},
-        network="host",
-        workdir=str(Path.cwd()),
-    )
-    try:
-        returncode = process.attach(command)
-    finally:
-        remove(engine, name)
-    if returncode in (125, 126, 127):
-        raise StageError(
-            f"{engine.command} could not run {image.tag} (exit {returncode})", "its reason stands above"
-        )
-    return returncode
-
-
-# --- images --------------------------------------------------------------------------------------------------
-
-
 def inspect(engine: ContainerEngine, image: str) -> dict[str, Any] | None:
     """Return what the engine knows of an image that it has; None when it does not have it."""
     lines: list[str] = []
     finished = engine.run([engine.command, "image", "inspect", image], on_line=lines.append)
     return dict(json.loads("".join(lines))[0]) if finished.returncode == 0 else None
-
-
-def require_image(engine: ContainerEngine, choice: Choice, say: Say) -> None:
-    """Build or pull an image where it is not there yet.
-
-    Args:
-        engine: The engine that needs it.
-        choice: See :func:`toolkit.images.image_for`.
-        say: Told of the progress, a line at a time.
-
-    Raises:
-        StageError: It can be neither built nor pulled.
-    """
-    if inspect(engine, choice.image) is not None:
-        return
-    if choice.build is not None:
-        build_image(engine, choice.build, say)
-        return
-    say(f"pulling {choice.image}")
-    returncode, lines = _stream(engine.run, [engine.command, "pull", choice.image], say)
-    if returncode != 0:
-        raise StageError(
-            f"the image {choice.image} is not there and cannot be pulled: {_reason(lines)}",
-            f"check its name and the network; for a private registry: {engine.command} login REGISTRY",
-        )
-
-
-def build_image(engine: ContainerEngine, name: str, say: Say, platform: str | None = None) -> Image:
-    """Build one image of the bake file; on another machine, one that copies nothing from the sources.
-
-    Args:
-        engine: The engine that builds and keeps it.
-        name: Of the bake file's target.
-        say: Told of the progress, a line at a time.
-        platform: As ``linux/arm64``; the engine's own by default.
-
-    Raises:
-        StageError: The base cannot be pulled, or a step fails.
-    """
-    image = images.catalogue(_revision())[name]
-    dockerfile = image.dockerfile.read_text(encoding="utf-8")
-    copies = "\nCOPY " in dockerfile
-    if copies and not (engine.here and (image.context / "pyproject.toml").is_file()):
-        raise StageError(
-            f"the image '{name}' is built from the toolkit's sources",
-            f"in a checkout on that machine: toolkit containers build {name}",
-        )
-    command = [engine.command, "build", "--tag", image.tag, "--network", image.network]
-    # podman's own image format has no health check
-    command += ["--progress", "plain"] if engine.kind == "docker" else ["--format", "docker"]
-    for key, value in image.arguments.items():
-        command += ["--build-arg", f"{key}={value}"]
-    for key, value in image.labels.items():
-        command += ["--label", f"{key}={value}"]
-    if image.stage:
-        command += ["--target", image.stage]
-    if platform:
-        command += ["--platform", platform]
-    if engine.here and (settings := os.environ.get("PIP_CONFIG_FILE")):
-        command += ["--secret", f"id=pip,src={settings}"]
-    command += ["--file", str(image.dockerfile), str(image.context)] if copies else ["-"]
-    say(f"building {image.tag} on {image.base}")
-    stdin = "" if copies else dockerfile
-    returncode, lines = _stream(engine.run, ["env", "DOCKER_BUILDKIT=1", *command], say, stdin)
-    if returncode == 0:
-        return image
-    text = "\n".join(lines)
-    if "buildx component is missing" in text:
-        raise StageError(
-            f"{engine.command} builds no image without buildx",
-            "install it (Debian, Ubuntu: sudo apt-get install docker-buildx), or use podman",
-        )
-    if re.search(r"load metadata for \S+:$|pull access|initializing source", text, re.MULTILINE):
-        raise StageError(
-            f"the image '{name}' could not be built: its base {image.base} cannot be pulled",
-            f"check the network and its name; for a private registry: {engine.command} login REGISTRY",
-        )
-    raise StageError(
-        f"the image '{name}' could not be built: {_reason(lines)}", "its step and its whole output stand above"
-    )
-
-
-def _stream(run: Run, argv: list[str], say: Say, stdin: str = "") -> tuple[int, list[str]]:
-    """Run a command, say every line of its stdout and stderr, and return its exit status and the lines."""
-    lines: list[str] = []
-
-    def hear(line: str) -> None:
-        lines.append(line)
-        say(line)
-
-    finished = run(["sh", "-c", 'exec "$@" 2>&1', "sh", *argv], stdin=stdin, on_line=hear)
-    return finished.returncode, lines
-
-
-def _reason(lines: list[str]) -> str:
-    wrong = [line for line in lines if re.search(r"error|denied|not found|failed", line, re.IGNORECASE)]
-    return (wrong or lines or ["it said nothing"])[-1].strip()
-
-
-def _revision() -> str:
-    """Return the commit of the sources, or ``unknown`` where there is no git checkout."""
-    lines: list[str] = []
-    command = [
-        "git",
-        "-C",
-        str(images.folder().parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        finished = process.run(command, on_line=lines.append)
-    except StageError:
-        return "unknown"
-    return lines[0] if finished.returncode == 0 else "unknown"
-
-
-# --- doctor --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the doctor's: ``pass``, ``warn`` or ``fail``, and what to do about it."""
-
-    name: str
-    status: Literal["pass", "warn", "fail"]
-    text: str
-    hint: str | None = None
-
-
-def examine(target: Target | None = None) -> list[Check]:
-    """Examine the container engine of this machine, or of a target's, and what the target needs of it."""
-    from toolkit.devices import open_device
-
-    try:
-        device = open_device(target, Path("build")) if target else None
-        engine = find_engine(device)
-    except StageError as error:
-        return [Check("engine", "fail", error.message, error.hint)]
-    checks = [Check("engine", "pass", f"{engine.command} answers, for {engine.platform}")]
-    needs_gpu = target is not None and target.runtime == "tensorrt"
-    try:
-        checks.append(Check("gpu", "pass", " ".join(require_gpu(engine))))
-    except StageError as error:
-        checks.append(Check("gpu", "fail" if needs_gpu else "warn", error.message, error.hint))
-    checks.append(_examine_disk(engine))
-    if target is None or device is None:
-        return checks
-    try:
-        choice = images.image_for(target, device.facts())
-    except StageError as error:
-        return [*checks, Check("image", "fail", error.message, error.hint)]
-    if inspect(engine, choice.image) is not None:
-        return [*checks, Check("image", "pass", f"{choice.image} is there ({choice.why})")]
-    source = f"is built on {choice.base}" if choice.build else "is pulled"
-    hint = f"now: toolkit containers build {choice.build}" if choice.build else None
-    return [
-        *checks,
-        Check("image", "warn", f"{choice.image} {source} when it is first needed ({choice.why})", hint),
-    ]
-
-
-def _examine_disk(engine: ContainerEngine) -> Check:
-    lines: list[str] = []
-    engine.run(["df", "-Pk", engine.storage], on_line=lines.append)
-    if len(lines) < 2:
-        return Check("disk", "warn", f"the free space of {engine.storage} is not known")
-    free = int(lines[1].split()[3]) * 1024
-    text = f"{units.size(free)} free in {engine.storage}"
-    if free >= _COMFORTABLE_BYTES:
-        return Check("disk", "pass", text)
-    return Check("disk", "warn", f"{text}; an NGC image takes about 20 GB", f"{engine.command} system prune")
