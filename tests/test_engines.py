@@ -227,7 +227,7 @@ def test_a_plan_shows_what_each_jetpack_would_run(finished_copy: Path) -> None:
         assert base in contained
         assert "docker run --rm" in contained
         assert "--runtime nvidia" in contained
-    assert "reached over SSH, which this version does not do" in result.stderr
+    assert "is not known" in result.stderr
 
 
 def test_what_does_not_fit_together_is_refused_in_the_file() -> None:

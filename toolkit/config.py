@@ -198,6 +198,8 @@ class Target(Strict):
     runtime: RuntimeName
     host: str | None = None
     root: str | None = None
+    python: str = "python3"
+    accept_new_host_key: bool = False
     image: str | None = None
     threads: int = Field(default=1, ge=1)
     build: Build = Build()

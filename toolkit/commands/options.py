@@ -62,6 +62,7 @@ _OPTIONS = (
                  help="Runtime instead of the target's own."),
     click.option("--rebuild-stale", is_flag=True, help="Build on the device what does not fit it."),
     click.option("--host", help="Where the target is; the target file's host by default."),
+    click.option("--accept-new-host-key", is_flag=True, help="Trust a host key that nobody knows yet."),
     click.option("--seed", type=click.IntRange(0, 2**31), default=123, show_default=True),
     click.option("--fast", is_flag=True, help="A short recipe on part of the data; the result is marked."),
     click.option("--allow-fast", is_flag=True, help="Let a fast run become the current release."),
@@ -97,6 +98,7 @@ def job_from(
     runtime: str | None,
     rebuild_stale: bool,
     host: str | None,
+    accept_new_host_key: bool,
     seed: int,
     fast: bool,
     allow_fast: bool,
@@ -120,6 +122,8 @@ def job_from(
     chosen = config.load_target(target)
     if host is not None:
         chosen = chosen.model_copy(update={"host": host})
+    if accept_new_host_key:
+        chosen = chosen.model_copy(update={"accept_new_host_key": True})
     if runtime is not None:
         try:
             chosen = chosen.using(cast(config.RuntimeName, runtime))

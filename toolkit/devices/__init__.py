@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from toolkit.config import Target
-from toolkit.errors import StageError
 from toolkit.process import Finished
 
 
@@ -48,21 +48,27 @@ def open_device(host: str | None, target: Target, build: Path, root: Path | None
     """Return a machine.
 
     Args:
-        host: None or ``local`` for this machine.
+        host: None or ``local`` for this machine; otherwise what ``ssh`` takes.
         target: Whose releases go there; its ``root`` is where.
         build: Folder of artifacts; without a ``root``, this machine keeps a target's releases below it.
-        root: Folder on the machine instead of the target's.
+        root: Folder on this machine instead of the target's.
 
     Raises:
-        StageError: It is another host, which this version cannot reach.
+        UsageError: The host is none.
+        StageError: It cannot be reached.
     """
     from toolkit.devices.local import LocalDevice
 
     if host not in (None, "local"):
-        raise StageError(
-            f"'{host}' is reached over SSH, which this version does not do",
-            "run the toolkit on that machine, without --host",
-        )
+        return _connected(host, target.root or "~/.toolkit", target.python, target.accept_new_host_key)
     if root is None:
         root = Path(target.root).expanduser() if target.root else build / "devices" / target.name
     return LocalDevice(root.absolute())
+
+
+@functools.cache
+def _connected(host: str, root: str, python: str, accept_new_host_key: bool) -> Device:
+    """Return a machine over SSH, the same for everybody who asks, so that a run connects once."""
+    from toolkit.devices.ssh import SshDevice
+
+    return SshDevice(host, root, python, accept_new_host_key)

@@ -143,7 +143,7 @@ def require_gpu(target: Target, machine: Device, what: str) -> None:
 
 
 def _remedy(target: Target) -> str:
-    ways = [f"run the same command on {target.description or target.name}, to do the rest"]
+    ways = [f"name {target.description or target.name} with --host, or run the same command on it"]
     if target.runtime == "tensorrt" and target.arch != "aarch64":
         ways.append("build without a GPU (--runtime tensorrt-rtx)")
     return ", or ".join(ways)
