@@ -155,7 +155,7 @@ def test_every_shell_finds_what_the_agent_finds(shell: str, tmp_path: Path) -> N
 
 def test_every_shell_sees_who_holds_the_lock(shell: str, tmp_path: Path) -> None:
     if shutil.which("flock") is None:
-        pytest.skip("flock is not installed")
+        pytest.skip("its tools have no flock, which the lock is probed with")
     with (tmp_path / "lock").open("w") as file:
         assert not probe.probe(LocalDevice(tmp_path)).locked
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -232,6 +232,7 @@ def test_an_orin_with_jetpack_6_2() -> None:
             "memory_bytes": 31364140 * 1024,
         }
     ]
+    assert found.gpu_problem is None
     assert found.temperature == pytest.approx(51.343)
     assert found.power_mode == "MODE_30W"
     assert found.free_bytes == 416631680 * 1024

@@ -123,6 +123,7 @@ def parse(lines: Sequence[str], sent: float, seen: float) -> Probe:
     # name, compute capability and memory are what the agent asks for; the temperature is for the doctor
     cards = [line.split(",") for line in found.get("gpu", ())]
     gpus = facts.nvidia_smi("\n".join(",".join(card[:3]) for card in cards))
+    gpus = gpus or facts.tegra_gpu(one.get("compatible", ""), one.get("model", ""), memory)
     temperatures = [int(value) / 1000 for value in found.get("millidegrees", ()) if value.isdigit()]
     temperatures += [float(card[3]) for card in cards if len(card) > 3 and card[3].strip().isdigit()]
     l4t = facts.tegra_release(one.get("tegra", ""))
@@ -143,7 +144,7 @@ def parse(lines: Sequence[str], sent: float, seen: float) -> Probe:
         runtimes=_runtimes(packages, found.get("debian", ()), one.get("trtexec")),
         tensorrt_python="tensorrt_python" in one,
         trtexec=one.get("trtexec"),
-        gpus=gpus or facts.tegra_gpu(one.get("compatible", ""), one.get("model", ""), memory),
+        gpus=gpus,
         gpu_problem=None if gpus else one.get("gpu"),
         driver=facts.driver(one.get("driver", "")),
         cuda=facts.cuda(one.get("cuda", "")),
