@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from toolkit import compression, doctor, engines
+from toolkit import compression, engines
 from toolkit.agent.engine import mismatch
 from toolkit.bench import contract
 from toolkit.bench.contract import Verdict
@@ -88,6 +88,8 @@ def foresee(job: Job, stages: Runner) -> None:
         ("push", lambda: stages.prepared(destination(job))),
     ]
     if target.host not in (None, "local"):
+        from toolkit import doctor
+
         first = 0 if target.where == "device" else 1
         check = (checks[first][0], lambda: doctor.require(open_device(target.host, target, job.build), target))
         checks.insert(first, check)
