@@ -305,3 +305,16 @@ def test_the_whole_job_over_ssh(server: Server, finished_copy: Path, tmp_path: P
 def test_a_plan_over_ssh_and_without(server: Server, finished_copy: Path) -> None:
     result = run_toolkit(finished_copy, "plan", "jetson-orin", "--host", "orin", "--profile", "tiny")
     assert "and orin has no NVIDIA GPU" in result.stdout + result.stderr
+
+
+def test_the_doctor_over_ssh(server: Server, finished_copy: Path, tmp_path: Path) -> None:
+    target = finished_copy / "targets" / "tiny.yaml"
+    target.write_text(f"{target.read_text()}root: {tmp_path}/there\npython: {sys.executable}\n")
+    result = run_toolkit(finished_copy, "doctor", "tiny", "--host", "orin", "--json")
+    assert result.returncode == 0, result.stdout
+    device = json.loads(result.stdout)["device"]
+    assert device["name"] == "orin"
+    assert device["facts"]["numpy"]
+    refused = run_toolkit(finished_copy, "run", "jetson-orin", "--host", "orin", "--profile", "tiny")
+    assert refused.returncode == 1
+    assert "warning: the run will end before 'build'" in refused.stderr

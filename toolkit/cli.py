@@ -27,6 +27,7 @@ _VERBS = {
     "targets": "toolkit.commands.targets",
     "profiles": "toolkit.commands.profiles",
     "containers": "toolkit.commands.containers",
+    "doctor": "toolkit.commands.doctor",
     "gc": "toolkit.commands.gc",
     "init": "toolkit.commands.init",
 }

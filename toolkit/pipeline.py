@@ -82,15 +82,22 @@ def run(job: Job, stages: Runner) -> None:
 
 def foresee(job: Job, stages: Runner) -> None:
     """Say before the first expensive stage what will end the run at a later one; bring the image already."""
-    checks: dict[str, Callable[[], object]] = {
-        "build": lambda: stages.prepared(places.choose(job.target, job.build)),
-        "push": lambda: stages.prepared(destination(job)),
-    }
-    for stage, check in checks.items():
+    target = job.target
+    checks: list[tuple[str, Callable[[], object]]] = [
+        ("build", lambda: stages.prepared(places.choose(target, job.build))),
+        ("push", lambda: stages.prepared(destination(job))),
+    ]
+    if target.host not in (None, "local"):
+        from toolkit import doctor
+
+        first = 0 if target.where == "device" else 1
+        check = (checks[first][0], lambda: doctor.require(open_device(target.host, target, job.build), target))
+        checks.insert(first, check)
+    for stage, look in checks:
         if stages.until in STAGES[: STAGES.index(stage)]:
             return
         try:
-            check()
+            look()
         except StageError as problem:
             stages.console.warn(f"the run will end before '{stage}': {problem.message}")
             return

@@ -12,7 +12,7 @@ import subprocess
 from typing import Any
 
 # distributions that a runtime comes in, the one whose version has the build number first
-_DISTRIBUTIONS = {
+DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-libs", "tensorrt"),
     "tensorrt-rtx": ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu12-libs", "tensorrt-rtx"),
@@ -62,11 +62,15 @@ def output_of(*argv: str) -> str:
     return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
 
 
-def cpu() -> str:
-    """Return the processor's name with a hash of its instruction set."""
-    flags = _proc("/proc/cpuinfo", "flags") or _proc("/proc/cpuinfo", "Features")
-    name = _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+def processor(name: str, flags: str) -> str:
+    """Return a processor's name with a hash of its instruction set."""
     return "{} ({})".format(name, hashlib.sha256(flags.encode()).hexdigest()[:8])
+
+
+def cpu() -> str:
+    """Return this processor's name with a hash of its instruction set."""
+    flags = _proc("/proc/cpuinfo", "flags") or _proc("/proc/cpuinfo", "Features")
+    return processor(_proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(), flags)
 
 
 def jetpack(l4t: str) -> str | None:
@@ -93,18 +97,42 @@ def nvidia_smi(text: str) -> list[dict[str, Any]]:
     return gpus
 
 
+def tegra_gpu(compatible: str, model: str, memory_bytes: int) -> list[dict[str, Any]]:
+    """Return the GPU of a Jetson, which shares the memory, by its device tree's ``compatible`` and ``model``."""
+    for chip, capability in _TEGRA.items():
+        if "nvidia," + chip in compatible:
+            name = model.strip() or chip
+            return [{"name": name, "compute_capability": capability, "memory_bytes": memory_bytes}]
+    return []
+
+
 def gpus() -> list[dict[str, Any]]:
     """Return name, compute capability and memory of each GPU; empty where there is none, or no driver."""
     found = nvidia_smi(
         output_of("nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits")
     )
-    compatible = _read("/proc/device-tree/compatible")
-    for chip, capability in _TEGRA.items():
-        if not found and "nvidia," + chip in compatible:
-            name = _read("/proc/device-tree/model").strip() or chip
-            memory = int((_proc("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) * 1024
-            found.append({"name": name, "compute_capability": capability, "memory_bytes": memory})
-    return found
+    if found:
+        return found
+    return tegra_gpu(_read("/proc/device-tree/compatible"), _read("/proc/device-tree/model"), _memory())
+
+
+def _memory() -> int:
+    return int((_proc("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) * 1024
+
+
+def debian_tensorrt(packages: str, bindings: str) -> str | None:
+    """Return TensorRT's version with its build number, from Debian's packages: ``libnvinfer10 10.3.0.30-1``.
+
+    Args:
+        packages: A package and its version a line.
+        bindings: Version of the Python bindings, which the package has to agree with; empty without them.
+    """
+    for line in packages.splitlines():
+        package, _, version = line.partition(" ")
+        version = version.partition("-")[0]
+        if re.match(r"libnvinfer(\d+|-bin)$", package) and version.startswith(bindings):
+            return version
+    return None
 
 
 def runtimes() -> dict[str, Any]:
@@ -114,7 +142,7 @@ def runtimes() -> dict[str, Any]:
     from . import trtexec
 
     found: dict[str, Any] = {}
-    for name, distributions in _DISTRIBUTIONS.items():
+    for name, distributions in DISTRIBUTIONS.items():
         for distribution in distributions:
             try:
                 found[name] = metadata.version(distribution)
@@ -122,11 +150,10 @@ def runtimes() -> dict[str, Any]:
                 continue
             break
     # Debian's packages know the build number that JetPack's Python bindings do not tell: 10.3.0.30-1+cuda12.5
-    for line in output_of("dpkg-query", "-W", "-f", "${Package} ${Version}\n", "libnvinfer*").splitlines():
-        package, _, version = line.partition(" ")
-        version = version.partition("-")[0]
-        if re.match(r"libnvinfer(\d+|-bin)$", package) and version.startswith(found.get("tensorrt", "")):
-            found["tensorrt"] = version
+    packages = output_of("dpkg-query", "-W", "-f", "${Package} ${Version}\n", "libnvinfer*")
+    version = debian_tensorrt(packages, found.get("tensorrt", ""))
+    if version is not None:
+        found["tensorrt"] = version
     program = trtexec.find()
     if program is not None and "tensorrt" not in found:
         found["tensorrt"] = ".".join(str(part) for part in trtexec.version(program))
@@ -141,15 +168,23 @@ def peak_memory() -> int:
     return int((_proc("/proc/self/status", "VmHWM") or "0 kB").split()[0]) * 1024
 
 
-def _cuda() -> str | None:
+def cuda(text: str) -> str | None:
+    """Return the version that ``/usr/local/cuda/version.json`` names."""
     try:
-        return str(json.loads(_read("/usr/local/cuda/version.json"))["cuda"]["version"])
+        return str(json.loads(text)["cuda"]["version"])
     except (ValueError, KeyError):
         return None
 
 
-def _power_mode() -> str | None:
-    found = re.search(r"NV Power Mode:\s*(\S+)", output_of("nvpmodel", "-q"))
+def driver(text: str) -> str | None:
+    """Return the version that ``/proc/driver/nvidia/version`` names."""
+    found = re.search(r"Kernel Module\b.*?\s(\d+\.[\d.]+)", text)
+    return found.group(1) if found else None
+
+
+def power_mode(text: str) -> str | None:
+    """Return the mode that ``nvpmodel -q`` names."""
+    found = re.search(r"NV Power Mode:\s*(\S+)", text)
     return found.group(1) if found else None
 
 
@@ -170,22 +205,21 @@ def collect(request: dict[str, Any]) -> dict[str, Any]:
     while not os.path.isdir(place):
         place = os.path.dirname(place) or "."
     l4t = tegra_release(_read("/etc/nv_tegra_release"))
-    driver = re.search(r"Kernel Module\D*?\s+(\d+[\d.]*)", _read("/proc/driver/nvidia/version"))
     return {
         "arch": platform.machine(),
         "cpu": cpu(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": int((_proc("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) * 1024,
+        "memory_bytes": _memory(),
         "free_bytes": shutil.disk_usage(place).free,
         "os": "{} {}".format(platform.system(), platform.release()),
         "python": platform.python_version(),
         "runtimes": runtimes(),
         "gpus": gpus(),
-        "driver": driver.group(1) if driver else None,
-        "cuda": _cuda(),
+        "driver": driver(_read("/proc/driver/nvidia/version")),
+        "cuda": cuda(_read("/usr/local/cuda/version.json")),
         "l4t": l4t,
         "jetpack": jetpack(l4t) if l4t else None,
-        "power_mode": _power_mode(),
+        "power_mode": power_mode(output_of("nvpmodel", "-q")),
         "container": os.environ.get("TOOLKIT_IMAGE"),
         "trtexec": trtexec.find(),
         "tensorrt_python": util.find_spec("tensorrt") is not None,

@@ -8,8 +8,6 @@ import click
 
 from toolkit.commands.options import complete
 
-_COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
-
 
 @click.group(invoke_without_command=True)
 @click.pass_context
@@ -98,15 +96,14 @@ def build(names: tuple[str, ...], platform: str | None) -> None:
 def doctor(target: str | None, as_json: bool) -> None:
     """Examine the container engine of this host, or of TARGET's."""
     from toolkit import config
+    from toolkit.checks import failed
     from toolkit.cli import print_json
+    from toolkit.commands.checklist import show
     from toolkit.containers.doctor import examine
 
     checks = examine(config.load_target(target) if target else None)
     if as_json:
         print_json([vars(check) for check in checks])
     else:
-        for check in checks:
-            click.echo(f"{click.style(check.status, fg=_COLORS[check.status])}  {check.name:<7} {check.text}")
-            if check.hint:
-                click.echo(f"      {click.style('hint:', fg='cyan')} {check.hint}")
-    raise click.exceptions.Exit(1 if any(check.status == "fail" for check in checks) else 0)
+        show(checks)
+    raise click.exceptions.Exit(1 if failed(checks) else 0)

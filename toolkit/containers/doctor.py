@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from toolkit import units
+from toolkit.checks import Check
 from toolkit.containers import ContainerEngine, find_engine, images, inspect, require_gpu
 from toolkit.errors import StageError
 
@@ -14,16 +14,6 @@ if TYPE_CHECKING:
     from toolkit.config import Target
 
 _COMFORTABLE_BYTES = 30e9  # an NGC image, and room to build on it
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the doctor's: ``pass``, ``warn`` or ``fail``, and what to do about it."""
-
-    name: str
-    status: Literal["pass", "warn", "fail"]
-    text: str
-    hint: str | None = None
 
 
 def examine(target: Target | None = None) -> list[Check]:

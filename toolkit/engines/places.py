@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from toolkit.containers.images import Choice
     from toolkit.devices.container import ContainerDevice
 
-_NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
+NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
 _WHY = {
     "ahead-of-time": "{runtime} needs no GPU to build",
     "container": "the image fixes the version of {runtime}",
@@ -84,7 +84,7 @@ def choose(target: Target, build: Path) -> Place:
     Raises:
         StageError: Nothing can be built there, with the reason.
     """
-    why = _WHY[target.where].format(runtime=_NAMES[target.runtime])
+    why = _WHY[target.where].format(runtime=NAMES[target.runtime])
     if target.where == "device":
         return _on_device(target, open_device(target.host, target, build), why)
     machine = open_device(target.build.on, target, build, root=build / "builder")
@@ -97,7 +97,7 @@ def choose(target: Target, build: Path) -> Place:
 
 def _on_device(target: Target, device: Device, why: str) -> Place:
     if target.runtime != "onnxruntime":
-        require_gpu(target, device, f"a {_NAMES[target.runtime]} engine for {target.name} is built on the device")
+        require_gpu(target, device, f"a {NAMES[target.runtime]} engine for {target.name} is built on the device")
     return native_or_contained(target, device, why)
 
 

@@ -1,0 +1,87 @@
+# What a device is, as key=value lines; changes nothing. For any POSIX shell: sh -s ROOT PYTHON DISTRIBUTION...
+probe() {
+    echo "time=$(date +%s)"
+    root=$1 python=$2
+    shift 2
+    limit=
+    timeout 5 true && limit='timeout 5'
+
+    echo "arch=$(uname -m)"
+    echo "os=$(uname -s) $(uname -r)"
+    echo "distribution=$(. /etc/os-release && echo "$PRETTY_NAME")"
+    echo "processor=$(cpuinfo 'model name')"
+    echo "flags=$(cpuinfo flags)$(cpuinfo Features)"
+    echo "cores=$(nproc || grep -c '^processor' /proc/cpuinfo)"
+    echo "memory_kb=$(sed -n 's/^MemTotal: *\([0-9]*\).*/\1/p' /proc/meminfo)"
+    echo "load=$(cut -d ' ' -f 1 /proc/loadavg)"
+    for zone in /sys/class/thermal/thermal_zone*/temp; do
+        echo "millidegrees=$(cat "$zone")"
+    done
+
+    place=$root
+    while [ ! -e "$place" ]; do place=$(dirname -- "$place"); done
+    echo "place=$place"
+    [ -d "$place" ] && [ -w "$place" ] && [ -x "$place" ] && echo writable=yes
+    echo "df=$(df -Pk -- "$place" | tail -n 1)"
+    echo "current=$(basename -- "$(readlink -- "$root/current")")"
+    if [ -r "$root/lock" ] && command -v flock > /dev/null; then
+        flock -n "$root/lock" true
+        [ $? = 1 ] && echo "locked=$(fuser "$root/lock")"
+    fi
+
+    "$python" -c '
+import sys
+print("python=%d.%d.%d" % sys.version_info[:3])
+from importlib import metadata, util
+for name in sys.argv[1:]:
+    try:
+        print("package=%s %s" % (name, metadata.version(name)))
+    except metadata.PackageNotFoundError:
+        pass
+if util.find_spec("tensorrt"):
+    print("tensorrt_python=yes")
+' "$@"
+
+    $limit nvidia-smi --query-gpu=name,compute_cap,memory.total,temperature.gpu --format=csv,noheader,nounits |
+        sed 's/^/gpu=/'
+    for name in compatible model; do
+        [ -e "/proc/device-tree/$name" ] && echo "$name=$(tr '\0' ' ' < "/proc/device-tree/$name")"
+    done
+    echo "driver=$(head -n 1 /proc/driver/nvidia/version)"
+    echo "cuda=$(tr -d '\n' < /usr/local/cuda/version.json)"
+    dpkg-query -W -f '${Package} ${Version}\n' 'libnvinfer*' | sed 's/^/debian=/'
+    for program in "$TRTEXEC" "$(command -v trtexec)" /usr/src/tensorrt/bin/trtexec /opt/tensorrt/bin/trtexec; do
+        [ -x "$program" ] && echo "trtexec=$program" && break
+    done
+    echo "tegra=$(head -n 1 /etc/nv_tegra_release)"
+    echo "power=$($limit nvpmodel -q | tr '\n' ' ')"
+    for program in jetson_clocks nvidia-smi; do
+        command -v "$program" > /dev/null || continue
+        if [ "$(id -u)" = 0 ]; then
+            echo clocks=root
+        elif sudo -n -l "$program" > /dev/null; then
+            echo clocks=sudo
+        else
+            echo clocks=no
+        fi
+        break
+    done
+
+    if command -v docker > /dev/null; then
+        if answer=$($limit docker info --format '{{range $name, $_ := .Runtimes}}{{$name}} {{end}}' 2>&1); then
+            echo "docker=$answer"
+        else
+            echo "docker_problem=$(echo "$answer" | tail -n 1)"
+        fi
+    fi
+    command -v podman > /dev/null && echo podman=yes
+    command -v nvidia-container-runtime-hook > /dev/null && echo hook=yes
+    cat /etc/cdi/* /var/run/cdi/* | grep -q nvidia.com/gpu && echo cdi=yes
+    echo end=yes
+}
+
+cpuinfo() {
+    sed -n "s/^$1[[:space:]]*: *//p" /proc/cpuinfo | head -n 1
+}
+
+probe "$@" < /dev/null 2> /dev/null
