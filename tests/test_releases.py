@@ -16,7 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.conftest import run_toolkit
+from tests.conftest import TARGET, run_toolkit
 from toolkit import pipeline
 from toolkit.agent.releases import identity
 from toolkit.delivery import release as delivery
@@ -318,6 +318,60 @@ def test_a_prune_that_was_killed_is_finished_by_the_next(shelf: tuple[Agent, lis
     assert len(list((root / "store").iterdir())) == 5
 
 
+DIES = """
+import json, os, sys
+from toolkit.agent import releases, upkeep
+verb, request, left = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+def dying(change):
+    def step(*arguments, **rest):
+        global left
+        if left == 0:
+            os._exit(9)
+        left -= 1
+        return change(*arguments, **rest)
+    return step
+for name in ("symlink", "replace", "rename", "unlink", "rmdir"):
+    setattr(os, name, dying(getattr(os, name)))
+{"switch": releases.switch, "restore": releases.restore, "prune": upkeep.prune}[verb](request)
+"""
+
+
+@pytest.mark.parametrize("verb", ["switch", "restore", "prune"])
+def test_whenever_the_agent_dies_current_is_whole_and_the_same_again_completes_it(
+    shelf: tuple[Agent, list[str]], verb: str
+) -> None:
+    """The process ends before its first change to the disk, before its second, and so on."""
+    agent, ids = shelf
+    root = Path(agent.device.root)
+    began = {"current": ids[0], "previous": ids[1]}
+    request = {
+        "switch": {"id": ids[2]},
+        "restore": {"id": ids[2], "was": began},
+        "prune": {"keep": 0, "dry_run": False},
+    }[verb] | {"root": str(root)}
+    if verb == "restore":
+        delivery.switch(ids[2], agent)
+    deaths = 0
+    while True:
+        command = [sys.executable, "-c", DIES, verb, json.dumps(request), str(deaths)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        there = upkeep.listed(agent)
+        assert not any(entry.damaged for entry in there)
+        whole = {entry.id for entry in there}
+        assert set(links(root)) <= whole
+        if ended.returncode == 0:
+            break
+        assert ended.returncode == 9, ended.stderr
+        deaths += 1
+    assert deaths >= 3
+    if verb == "prune":
+        assert whole == {ids[0], ids[1]}
+        assert len(list((root / "releases").iterdir())) == 2
+        assert len(list((root / "store").iterdir())) == 3
+    else:
+        assert links(root)[0] == (ids[2] if verb == "switch" else ids[0])
+
+
 def test_no_room_names_what_a_prune_would_free(shelf: tuple[Agent, list[str]], tmp_path: Path) -> None:
     agent, _ = shelf
     large = small(tmp_path, "f")
@@ -341,4 +395,10 @@ def test_pruning_from_the_command_line(agent: Agent, root: Path, finished_copy: 
     assert "nothing to remove" in again.stdout
     assert [path.name for path in (root / "releases").iterdir()] == [one]
     assert run_toolkit(finished_copy, "releases", "prune", "tiny").returncode == 2
+    (finished_copy / "targets" / "tiny.yaml").write_text(
+        f"{TARGET}root: {finished_copy}/profiles/tiny.yaml/below\n"
+    )
+    nowhere = run_toolkit(finished_copy, "releases", "tiny")
+    assert nowhere.returncode == 1
+    assert "error: no permission for" in nowhere.stderr
     assert "no target is called 'tinny'" in run_toolkit(finished_copy, "releases", "tinny").stderr

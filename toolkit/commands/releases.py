@@ -34,7 +34,10 @@ def releases() -> None:
 @build_folder
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def listed(target: str, host: str | None, build_folder: Path, as_json: bool) -> None:
-    """List the releases on TARGET's device, newest first, every file hashed there."""
+    """List the releases on TARGET's device, newest first.
+
+    Every file is hashed there, and those that are not what they should be are named.
+    """
     from toolkit.cli import print_json
     from toolkit.delivery import upkeep
     from toolkit.devices import open_device
@@ -79,10 +82,10 @@ def _line(entry: Installed) -> str:
 @host
 @build_folder
 def prune(target: str, keep: int, dry_run: bool, host: str | None, build_folder: Path) -> None:
-    """Remove all but the newest releases from TARGET's device; the current and the previous one always stay.
+    """Remove all but the newest releases from TARGET's device.
 
-    With them goes the content that no release shares, and what broken-off pushes, builds and benchmarks left more
-    than a day ago.
+    The current and the previous one always stay. With the others goes the content that no release shares, and what
+    broken-off pushes, builds and benchmarks left more than a day ago.
     """
     from toolkit import units
     from toolkit.delivery import upkeep

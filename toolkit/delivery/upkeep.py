@@ -93,7 +93,8 @@ def choose(releases: Sequence[Installed], wanted: str | None, where: str) -> Ins
         found = [release for release in releases if release.previous and not release.current]
         if not found:
             raise StageError(
-                f"there is no previous release on {where}", "choose one of `toolkit releases` with --to"
+                f"there is no previous release on {where}",
+                "choose one with --to; `toolkit releases TARGET` lists them",
             )
     else:
         found = [release for release in releases if release.id.startswith(wanted)]
