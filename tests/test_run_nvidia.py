@@ -100,6 +100,24 @@ def test_trtexec_measures_latency_and_says_what_it_cannot(server: Run, finished_
     assert "trtexec measures latency only" in (finished_copy / run["report"]).read_text()
 
 
+def test_the_health_check_runs_a_plan_with_trtexec_where_python_cannot(server: Run, finished_copy: Path) -> None:
+    profile = finished_copy / "profiles" / "tiny.yaml"
+    profile.write_text(profile.read_text().replace("max_accuracy_drop: 100 %, ", ""))
+    result = server("run", "--precision", "fp16", "--json", parts=("cuda_python",))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["commit"]["committed"]
+    root = finished_copy / "build" / "devices" / "server"
+    current = (root / "current").resolve().name
+    (root / "current").unlink()
+    result = server("rollback", "--to", current, parts=("cuda_python",), version="10.16")
+    assert result.returncode == 1
+    assert f"release {current} does not run" in result.stderr
+    assert "no release is current, as before" in result.stderr
+    result = server("rollback", "--to", current, parts=("cuda_python",))
+    assert result.returncode == 0, result.stderr
+    assert (root / "current").resolve().name == current
+
+
 def test_int8_is_checked_layer_by_layer(server: Run) -> None:
     result = server("build", "--precision", "int8", "--json")
     assert result.returncode == 0, result.stderr

@@ -296,6 +296,8 @@ def test_the_whole_job_over_ssh(server: Server, finished_copy: Path, tmp_path: P
     assert current.resolve().name == run["commit"]["release"]
     again = run_toolkit(finished_copy, *arguments)
     assert json.loads(again.stdout)["artifacts"] == run["artifacts"]
+    listed = json.loads(run_toolkit(finished_copy, "releases", "tiny", "--json").stdout)
+    assert [entry["id"] for entry in listed["releases"]] == [run["commit"]["release"]]
     (current / "model.optimized.onnx").write_bytes(b"damaged")
     mended = run_toolkit(finished_copy, *arguments)
     assert mended.returncode == 0, mended.stderr

@@ -26,6 +26,8 @@ _VERBS = {
     "report": "toolkit.commands.run",
     "targets": "toolkit.commands.targets",
     "profiles": "toolkit.commands.profiles",
+    "releases": "toolkit.commands.releases",
+    "rollback": "toolkit.commands.rollback",
     "containers": "toolkit.commands.containers",
     "doctor": "toolkit.commands.doctor",
     "gc": "toolkit.commands.gc",

@@ -16,7 +16,9 @@ from toolkit.bench import contract
 from toolkit.bench.contract import Verdict
 from toolkit.config import Model
 from toolkit.delivery import release as delivery
+from toolkit.delivery import upkeep
 from toolkit.delivery.release import Commitment, Release
+from toolkit.delivery.upkeep import UnhealthyError
 from toolkit.devices import Device, open_device
 from toolkit.devices.agent import Agent, pack
 from toolkit.engines import places
@@ -334,20 +336,30 @@ def report(stages: Runner, networks: Networks, bench: Artifact) -> None:
 def commit(
     job: Job, stages: Runner, verdict: Verdict, release: Release, device: Device, pushed: delivery.Pushed
 ) -> Commitment:
-    """Make the release current when it has kept its contract; otherwise leave, or go back to, what was."""
+    """Make the release current when it has kept its contract; otherwise leave, or go back to, what was.
+
+    Whatever is switched to has to pass a health check, or the switch is undone.
+    """
     current, previous = pushed.current, pushed.previous
     if verdict.status == "undecided":
         return Commitment(False, "the contract is undecided; what was current stays", current, previous)
     if verdict.status == "failed":
         if current == release.id and previous is not None:
-            delivery.switch(previous, Agent(device))
+            try:
+                upkeep.activate(previous, Agent(device))
+            except UnhealthyError as problem:
+                reason = f"the contract is broken, and there is no way back: {problem.message}"
+                return Commitment(False, reason, current, previous, healthy=False)
             return Commitment(False, f"the contract is broken; back to release {previous}", previous, current)
         return Commitment(False, "the contract is broken; what was current stays", current, previous)
     if job.fast and not job.allow_fast:
         return Commitment(False, "a fast run is not committed without --allow-fast", current, previous)
     if current == release.id:
         return Commitment(True, "it is the current release already", current, previous)
-    switched = delivery.switch(release.id, Agent(device))
+    try:
+        switched = upkeep.activate(release.id, Agent(device))
+    except UnhealthyError as problem:
+        return Commitment(False, problem.message, current, previous, healthy=False)
     return Commitment(True, "it kept its contract", switched["current"], switched["previous"])
 
 

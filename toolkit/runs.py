@@ -45,7 +45,8 @@ def execute(
 
     Returns:
         The run's document, the error that ended it if one did, and the exit code: 0 for a kept contract (or
-        a stage that was reached), 1 for a broken one or a failed stage, 2 for wrong input.
+        a stage that was reached), 1 for a broken one, a failed stage or a release that does not run after its
+        switch, 2 for wrong input.
     """
     console = console or Console(quiet=True)
     store = Store(job.build / "store")
@@ -77,7 +78,9 @@ def execute(
             write_json(folder / "run.json", record)
     if error is not None:
         return Outcome(record, error, error.exit_code)
-    return Outcome(record, None, 0 if stages.verdict is None or stages.verdict.passed else 1)
+    kept = stages.verdict is None or stages.verdict.passed
+    healthy = stages.commitment is None or stages.commitment.healthy
+    return Outcome(record, None, 0 if kept and healthy else 1)
 
 
 def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:

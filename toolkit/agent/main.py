@@ -9,7 +9,7 @@ import traceback
 from types import FrameType
 from typing import Any
 
-from . import facts, releases
+from . import facts, releases, upkeep
 from .protocol import Refusal, emit, receive
 
 
@@ -25,12 +25,22 @@ def _bench(request: dict[str, Any]) -> dict[str, Any]:
     return measure.bench(request)
 
 
+def _health(request: dict[str, Any]) -> dict[str, Any]:
+    from . import health
+
+    return health.check(request)
+
+
 VERBS = {
     "facts": facts.collect,
     "build": _build,
     "inventory": releases.inventory,
     "install": releases.install,
     "switch": releases.switch,
+    "restore": releases.restore,
+    "health": _health,
+    "releases": upkeep.describe,
+    "prune": upkeep.prune,
     "bench": _bench,
 }
 

@@ -36,7 +36,7 @@ def bench(request: dict[str, Any]) -> dict[str, Any]:
     with releases.locked(request["root"]):
         os.makedirs(request["out"], exist_ok=True)
         description = engine.read(request["release"], request["root"])
-        if description["runtime"] == "tensorrt" and not _can_run_plans():
+        if description["runtime"] == "tensorrt" and not can_run_plans():
             return _with_trtexec(request, description)
         return _with_session(request)
 
@@ -83,27 +83,20 @@ def _with_session(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _can_run_plans() -> bool:
+def can_run_plans() -> bool:
+    """Tell whether Python can run a TensorRT plan here."""
     return util.find_spec("tensorrt") is not None and cuda.available()
 
 
 def _with_trtexec(request: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
     """Measure latency and throughput with trtexec, where Python cannot run a plan; accuracy it cannot measure."""
-    program = trtexec.find()
-    if program is None:
-        raise Refusal(
-            "the device can run no TensorRT engine: it lacks its Python bindings, or CUDA's, and trtexec",
-            "apt-get install python3-libnvinfer libnvinfer-bin, and python3 -m pip install cuda-python",
-        )
     largest = description["batches"]["max"] if description["batches"] else 1
     measured = [
         (
             batch,
-            trtexec.latency(
-                program,
-                os.path.join(request["release"], description["file"]),
-                network_input=description["input"],
-                dynamic=description["batches"] is not None,
+            time_plan(
+                request["release"],
+                description,
                 batch=batch,
                 warmup_ms=request["warmup_ms"],
                 duration_ms=request["duration_ms"],
@@ -133,6 +126,27 @@ def _with_trtexec(request: dict[str, Any], description: dict[str, Any]) -> dict[
         "layers": description["layers"],
         "notes": [why],
     }
+
+
+def time_plan(release: str, description: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """Run a release's plan with trtexec; see :func:`trtexec.latency`, which also says what ``settings`` are.
+
+    Raises:
+        Refusal: There is no trtexec, or it cannot run the plan.
+    """
+    program = trtexec.find()
+    if program is None:
+        raise Refusal(
+            "the device can run no TensorRT engine: it lacks its Python bindings, or CUDA's, and trtexec",
+            "apt-get install python3-libnvinfer libnvinfer-bin, and python3 -m pip install cuda-python",
+        )
+    return trtexec.latency(
+        program,
+        os.path.join(release, description["file"]),
+        network_input=description["input"],
+        dynamic=description["batches"] is not None,
+        **settings,
+    )
 
 
 def single_stream(

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .protocol import Refusal
@@ -38,7 +38,8 @@ def locked(root: str) -> Iterator[None]:
         yield
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+    """Bring a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,7 +55,12 @@ def _linked(root: str, name: str) -> str | None:
         return None
 
 
-def _damaged(folder: str, manifest: dict[str, Any]) -> list[str]:
+def links(root: str) -> dict[str, str | None]:
+    """Return the ids that ``current`` and ``previous`` point to."""
+    return {"current": _linked(root, "current"), "previous": _linked(root, "previous")}
+
+
+def damaged_files(folder: str, manifest: dict[str, Any], digest: Callable[[str], str] = digest) -> list[str]:
     """Return the names of a release's files that are missing or not what the manifest says."""
     bad = []
     for name, entry in manifest["files"].items():
@@ -85,7 +91,7 @@ def inventory(request: dict[str, Any]) -> dict[str, Any]:
         os.makedirs(os.path.join(root, folder), exist_ok=True)
     folder = os.path.join(root, "releases", manifest["id"])
     there = os.path.isdir(folder)
-    damaged = _damaged(folder, manifest) if there else []
+    damaged = damaged_files(folder, manifest) if there else []
     missing = set()
     if damaged or not there:
         for entry in manifest["files"].values():
@@ -96,9 +102,8 @@ def inventory(request: dict[str, Any]) -> dict[str, Any]:
         "installed": there and not damaged,
         "damaged": damaged,
         "missing": sorted(missing),
-        "current": _linked(root, "current"),
-        "previous": _linked(root, "previous"),
         "free_bytes": shutil.disk_usage(root).free,
+        **links(root),
     }
 
 
@@ -123,7 +128,7 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
                     raise Refusal(
                         "{} arrived damaged: its SHA-256 is {}".format(name, found), "run the same command again"
                     )
-                _sync(sent)
+                sync(sent)
                 os.replace(sent, content)
             elif not os.path.isfile(content):
                 raise Refusal("{} was not sent".format(name), "run the same command again")
@@ -147,10 +152,10 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(os.path.join(staged, "manifest.json.new"), os.path.join(staged, "manifest.json"))
-        _sync(staged)
+        sync(staged)
         if staged != folder:
             os.rename(staged, folder)
-        _sync(os.path.join(root, "releases"))
+        sync(os.path.join(root, "releases"))
     return {"id": manifest["id"]}
 
 
@@ -176,27 +181,62 @@ def read_manifest(folder: str) -> dict[str, Any]:
     return dict(manifest)
 
 
+def require_whole(folder: str) -> None:
+    """Refuse a release that is not what its manifest says, naming its damaged files."""
+    damaged = damaged_files(folder, read_manifest(folder))
+    if damaged:
+        release = os.path.basename(folder)
+        raise Refusal("release {} is damaged: {}".format(release, ", ".join(damaged)), "push it again")
+
+
 def switch(request: dict[str, Any]) -> dict[str, Any]:
     """Make a release current; the one before stays as ``previous``.
 
     Args:
         request: ``root`` and ``id``.
 
+    Returns:
+        ``current``, ``previous``, and ``was``: both as they were before, for :func:`restore`.
+
     Raises:
         Refusal: The release is not here, or not whole.
     """
     root, wanted = request["root"], request["id"]
     with locked(root):
-        folder = os.path.join(root, "releases", wanted)
-        damaged = _damaged(folder, read_manifest(folder))
-        if damaged:
-            raise Refusal("release {} is damaged: {}".format(wanted, ", ".join(damaged)), "push it again")
-        before = _linked(root, "current")
-        if before != wanted:
-            if before is not None:
-                _point(root, "previous", before)
+        require_whole(os.path.join(root, "releases", wanted))
+        was = links(root)
+        if was["current"] != wanted:
+            if was["current"] is not None:
+                _point(root, "previous", was["current"])
             _point(root, "current", wanted)
-    return {"current": wanted, "previous": _linked(root, "previous")}
+        return dict(links(root), was=was)
+
+
+def restore(request: dict[str, Any]) -> dict[str, Any]:
+    """Undo a switch; does nothing when another one has come since.
+
+    Args:
+        request: ``root``, ``id`` (what was switched to), ``was`` (what :func:`switch` returned).
+
+    Returns:
+        ``current`` and ``previous``.
+
+    Raises:
+        Refusal: What was current is not whole any more.
+    """
+    root, was = request["root"], request["was"]
+    with locked(root):
+        if _linked(root, "current") == request["id"]:
+            if was["current"] is not None:
+                require_whole(os.path.join(root, "releases", was["current"]))
+            for name in ("current", "previous"):
+                if was[name] is not None:
+                    _point(root, name, was[name])
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(os.path.join(root, name))
+            sync(root)
+        return links(root)
 
 
 def _point(root: str, name: str, release: str) -> None:
@@ -205,4 +245,4 @@ def _point(root: str, name: str, release: str) -> None:
         os.unlink(temporary)
     os.symlink(os.path.join("releases", release), temporary)
     os.replace(temporary, os.path.join(root, name))
-    _sync(root)
+    sync(root)

@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
+    from toolkit.config import Target
     from toolkit.job import Job
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -39,6 +40,8 @@ build_folder = click.option(
     help="Folder for artifacts, runs and downloads.",
 )
 
+host = click.option("--host", help="Where the target is; the target file's host by default.")
+
 in_container = click.option(
     "--in-container", is_flag=True, help="Run in the training image (NGC PyTorch), with the GPU if there is one."
 )
@@ -61,7 +64,7 @@ _OPTIONS = (
     click.option("--runtime", type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
                  help="Runtime instead of the target's own."),
     click.option("--rebuild-stale", is_flag=True, help="Build on the device what does not fit it."),
-    click.option("--host", help="Where the target is; the target file's host by default."),
+    host,
     click.option("--accept-new-host-key", is_flag=True, help="Trust a host key that nobody knows yet."),
     click.option("--seed", type=click.IntRange(0, 2**31), default=123, show_default=True),
     click.option("--fast", is_flag=True, help="A short recipe on part of the data; the result is marked."),
@@ -81,6 +84,31 @@ def run_options(function: _Function) -> _Function:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def target_from(name: str, host: str | None, runtime: str | None = None) -> Target:
+    """Return a target by its name, on another host or with another runtime if these are given.
+
+    Raises:
+        UsageError: There is no such target, or it does not go with the runtime.
+    """
+    from typing import cast
+
+    from pydantic import ValidationError
+
+    from toolkit import config
+    from toolkit.errors import UsageError
+
+    target = config.load_target(name)
+    if host is not None:
+        target = target.model_copy(update={"host": host})
+    if runtime is None:
+        return target
+    try:
+        return target.using(cast(config.RuntimeName, runtime))
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(f"--runtime {runtime}: {problem}", "toolkit targets show " + name) from None
 
 
 def job_from(
@@ -110,8 +138,6 @@ def job_from(
     """Return the job that the options describe; raises UsageError naming what is wrong."""
     from typing import cast
 
-    from pydantic import ValidationError
-
     from toolkit import config
     from toolkit.errors import UsageError
     from toolkit.job import Job
@@ -119,17 +145,9 @@ def job_from(
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
     logging.basicConfig(level=level)
     logging.getLogger("toolkit").setLevel(level)  # the root logger is silenced while libraries are at work
-    chosen = config.load_target(target)
-    if host is not None:
-        chosen = chosen.model_copy(update={"host": host})
+    chosen = target_from(target, host, runtime)
     if accept_new_host_key:
         chosen = chosen.model_copy(update={"accept_new_host_key": True})
-    if runtime is not None:
-        try:
-            chosen = chosen.using(cast(config.RuntimeName, runtime))
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise UsageError(f"--runtime {runtime}: {problem}", "toolkit targets show " + target) from None
     settings = config.load_profile(profile or chosen.profile)
     if flops is not None and model.startswith("onnx:"):
         raise UsageError("an ONNX file is not pruned to a budget", "leave out --flops")

@@ -40,12 +40,21 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Commitment:
-    """Whether the release became current on its device, and why or why not."""
+    """Whether the release became current on its device, and why or why not.
+
+    Attributes:
+        committed: Whether it is current.
+        reason: Why or why not.
+        current: The release that is.
+        previous: The one before.
+        healthy: False when a release was switched to, did not run, and the switch was undone.
+    """
 
     committed: bool
     reason: str
     current: str | None
     previous: str | None
+    healthy: bool = True
 
 
 def compose(engine: Artifact, data: Artifact, *, about: dict[str, Any], fast: bool) -> Release:
@@ -96,7 +105,7 @@ def push(release: Release, agent: Agent, progress: Progress = lambda done, total
         if needed > there["free_bytes"]:
             raise StageError(
                 f"{device.name} has {there['free_bytes']:,} bytes free and the release needs {needed:,}",
-                f"free space below {device.root}",
+                f"free space below {device.root}; {_prunable(agent)}",
             )
         for name in wanted:
             entry = release.manifest["files"][name]
@@ -108,8 +117,15 @@ def push(release: Release, agent: Agent, progress: Progress = lambda done, total
     return Pushed(sent, there["current"], there["previous"], there["damaged"])
 
 
+def _prunable(agent: Agent) -> str:
+    found = agent.ask("prune", {"root": agent.device.root, "keep": 0, "dry_run": True})
+    if not found["bytes"]:
+        return "no release there can be pruned"
+    return f"`toolkit releases prune TARGET --keep 0` would free {found['bytes']:,} bytes"
+
+
 def switch(release_id: str, agent: Agent) -> dict[str, Any]:
-    """Make a release current; returns ``current`` and ``previous``."""
+    """Make a release current; returns ``current``, ``previous``, and in ``was`` what they were before."""
     return agent.ask("switch", {"root": agent.device.root, "id": release_id})
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from toolkit import process
 from toolkit.agent import facts
+from toolkit.errors import disk_errors
 from toolkit.process import Finished
 
 
@@ -50,13 +51,14 @@ class LocalDevice:
     def put(self, source: Path | bytes, destination: str) -> None:
         """Copy a file or bytes into place."""
         path = Path(destination)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        if isinstance(source, bytes):
-            temporary.write_bytes(source)
-        else:
-            shutil.copyfile(source, temporary)
-        temporary.replace(path)
+        with disk_errors(Path(self.root), path.name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(source, bytes):
+                temporary.write_bytes(source)
+            else:
+                shutil.copyfile(source, temporary)
+            temporary.replace(path)
 
     def get(self, source: str, destination: Path) -> None:
         """Copy a file back."""
