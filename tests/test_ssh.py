@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -155,7 +156,7 @@ def test_programs_and_files(connect: Callable[..., SshDevice], tmp_path: Path) -
 
 
 def test_the_home_is_the_devices(server: Server) -> None:
-    assert SshDevice("orin", "~/.toolkit", "python3").root == f"{Path.home()}/.toolkit"
+    assert SshDevice("orin", "~/.toolkit", "python3").root == f"{pwd.getpwnam('root').pw_dir}/.toolkit"
 
 
 @pytest.mark.parametrize("name", ["id_ed25519", "id_rsa", "id_ecdsa"])
