@@ -21,7 +21,9 @@ import pytest
 
 from tests.conftest import run_toolkit
 from toolkit import devices
-from toolkit.devices.ssh import Address, SshDevice, _load
+from toolkit.devices.ssh import SshDevice
+from toolkit.devices.ssh_address import Address
+from toolkit.devices.ssh_keys import _load
 from toolkit.errors import StageError, UsageError
 
 SSHD = "/usr/sbin/sshd"

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import shlex
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import paramiko
-from paramiko.auth_strategy import AuthFailure, AuthSource, AuthStrategy, InMemoryPrivateKey
-from paramiko.pkey import PublicBlob, UnknownKeyType
+from paramiko.auth_strategy import AuthFailure
 
-from toolkit.errors import StageError, UsageError
+from toolkit.devices.ssh_address import Address
+from toolkit.devices.ssh_keys import HostKeys, Keys
+from toolkit.errors import StageError
 from toolkit.process import Finished
 
 log = logging.getLogger(__name__)
@@ -31,167 +28,6 @@ logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its tracebacks reach
 _CONNECT_SECONDS, _KEEPALIVE_SECONDS = 10, 15
 _PAUSES = (1.0, 2.0, 4.0)  # seconds between tries to connect again
 _GRACE = 5.0  # seconds that a remote program has to end what it started itself
-
-
-@dataclass(frozen=True)
-class Address:
-    """What OpenSSH's own configuration says of a host, its includes and matches resolved.
-
-    Attributes:
-        name: What the user typed.
-        options: Keyword in lower case to its values, as ``ssh -G`` prints them.
-    """
-
-    name: str
-    options: dict[str, list[str]]
-
-    @classmethod
-    def resolve(cls, name: str) -> Address:
-        """Ask ``ssh -G``; raises UsageError for what is no host name, StageError where there is no ssh."""
-        host, _, port = name.rpartition(":") if name.rpartition(":")[2].isdigit() else (name, "", "")
-        if not host or host.startswith("-") or any(c.isspace() for c in name):
-            raise UsageError(f"'{name}' is no host", "write a name of ~/.ssh/config, or user@host[:port]")
-        command = [*_ssh(), "-G", *(["-p", port] if port else []), "--", host]
-        try:
-            found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-        except OSError as error:
-            raise StageError("there is no ssh on this machine", "sudo apt-get install openssh-client") from error
-        if found.returncode != 0:
-            reason = (found.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-            raise UsageError(f"ssh does not take '{name}': {reason}", "correct ~/.ssh/config, or the name")
-        options: dict[str, list[str]] = {}
-        for line in found.stdout.splitlines():
-            key, _, value = line.partition(" ")
-            options.setdefault(key.lower(), []).append(value)
-        return cls(name, options)
-
-    def get(self, key: str) -> str | None:
-        """Return an option's value; None where it is not set."""
-        value = self.options.get(key, ["none"])[0]
-        return None if value == "none" else value
-
-    @property
-    def hostname(self) -> str:
-        """Name or address to connect to."""
-        return self.options["hostname"][0]
-
-    @property
-    def port(self) -> int:
-        """Port to connect to."""
-        return int(self.options["port"][0])
-
-    @property
-    def user(self) -> str:
-        """User to log in as."""
-        return self.options["user"][0]
-
-    def seconds(self, key: str, default: float) -> float:
-        """Return an option in seconds, or a default where it is not set or 0."""
-        return float(self.get(key) or 0) or default
-
-    def paths(self, key: str) -> list[Path]:
-        """Return an option of files that exist."""
-        named = [Path(word).expanduser() for value in self.options.get(key, []) for word in shlex.split(value)]
-        return [path for path in named if path.is_file()]
-
-    @property
-    def proxy(self) -> str | None:
-        """Command whose streams are the connection, where the host is behind another."""
-        jumps = self.get("proxyjump")
-        if jumps is None:
-            return self.get("proxycommand")
-        *before, last = jumps.split(",")
-        through = ["-J", ",".join(before)] if before else []
-        target = f"[{self.hostname}]:{self.port}"
-        host, _, port = last.rpartition(":") if last.rpartition(":")[2].isdigit() else (last, "", "")
-        return shlex.join([*_ssh(), *through, *(["-p", port] if port else []), "-W", target, "--", host])
-
-
-def _ssh() -> list[str]:
-    """Return OpenSSH's client, with the configuration file that TOOLKIT_SSH_CONFIG names."""
-    config = os.environ.get("TOOLKIT_SSH_CONFIG")
-    return ["ssh", *(["-F", config] if config else [])]
-
-
-class _HostKeys(paramiko.MissingHostKeyPolicy):
-    """Refuses a host whose key nobody knows yet, or writes it down on first use, if that was asked for."""
-
-    def __init__(self, address: Address, accept_new: bool) -> None:
-        self._address = address
-        self._accept_new = accept_new
-
-    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
-        file = Path(shlex.split(self._address.get("userknownhostsfile") or "~/.ssh/known_hosts")[0]).expanduser()
-        if self._accept_new:
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as known:
-                known.write(f"{hostname} {key.get_name()} {key.get_base64()}\n")
-            log.warning(
-                "the host key of '%s' is new and is trusted from now on: %s", self._address.name, key.fingerprint
-            )
-            return
-        port = f"-p {self._address.port} " if self._address.port != 22 else ""
-        raise StageError(
-            f"the host key of '{self._address.name}' is not known: {key.get_name()} {key.fingerprint}",
-            f"compare it with ssh-keygen -lf /etc/ssh/ssh_host_{_kind(key)}_key.pub on the device, then add it: "
-            f"ssh-keyscan {port}{self._address.hostname} >> {file}, or --accept-new-host-key",
-        )
-
-
-def _kind(key: paramiko.PKey) -> str:
-    return next(kind for kind in ("ed25519", "ecdsa", "rsa") if kind in key.get_name())
-
-
-class _Keys(AuthStrategy):
-    """Tries the agent's keys, then the files of the configuration; an encrypted file is asked for once."""
-
-    def __init__(self, address: Address) -> None:
-        super().__init__(ssh_config=paramiko.SSHConfig())
-        self._address = address
-
-    def get_sources(self) -> Iterator[AuthSource]:
-        user, files = self._address.user, self._address.paths("identityfile")
-        only = {_public(path) for path in files} if self._address.get("identitiesonly") == "yes" else None
-        offered = set()
-        for key in paramiko.Agent().get_keys():
-            if only is None or key.asbytes() in only:
-                offered.add(key.asbytes())
-                yield InMemoryPrivateKey(user, key)
-        for path in files:
-            if _public(path) not in offered:
-                found = _load(path)
-                if found is not None:
-                    yield InMemoryPrivateKey(user, found)
-
-
-def _public(path: Path) -> bytes | None:
-    """Return the public half that lies beside a private key; None where it does not."""
-    try:
-        words = path.with_name(f"{path.name}.pub").read_text(encoding="utf-8").split()
-        return PublicBlob.from_string(" ".join(words[:2])).key_blob
-    except (OSError, ValueError):
-        return None
-
-
-@functools.cache
-def _load(path: Path) -> paramiko.PKey | None:
-    """Return a private key; its passphrase is asked for on a terminal, and without one the key is left out."""
-    try:
-        return paramiko.PKey.from_path(path)
-    except (paramiko.PasswordRequiredException, TypeError):
-        if not sys.stdin.isatty():
-            log.warning("the key %s is encrypted and there is no terminal to ask on: ssh-add it", path)
-            return None
-    except (paramiko.SSHException, UnknownKeyType, ValueError, OSError) as error:
-        log.info("the key %s is left out: %s", path, error)
-        return None
-    import click
-
-    phrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
-    try:
-        return paramiko.PKey.from_path(path, phrase)
-    except (paramiko.SSHException, ValueError) as error:
-        raise StageError(f"the passphrase does not open {path}", "try again, or ssh-add it") from error
 
 
 class SshDevice:
@@ -236,13 +72,13 @@ class SshDevice:
         client = paramiko.SSHClient()
         for file in [*address.paths("userknownhostsfile"), *address.paths("globalknownhostsfile")]:
             client.load_system_host_keys(str(file))
-        client.set_missing_host_key_policy(_HostKeys(address, self._accept_new))
+        client.set_missing_host_key_policy(HostKeys(address, self._accept_new))
         alias = address.get("hostkeyalias")
         timeout = address.seconds("connecttimeout", _CONNECT_SECONDS)
         where = f"'{address.name}' ({address.user}@{address.hostname}:{address.port})"
         log.info("ssh: connecting to %s", where)
         try:
-            proxy = paramiko.ProxyCommand(_expand(address.proxy, address)) if address.proxy else None
+            proxy = paramiko.ProxyCommand(address.proxy) if address.proxy else None
             client.connect(
                 alias or address.hostname,
                 # a name for its key stands without a port, as in OpenSSH; with a socket nothing else is meant by it
@@ -252,7 +88,7 @@ class SshDevice:
                 timeout=timeout,
                 banner_timeout=timeout,
                 auth_timeout=timeout * 3,
-                auth_strategy=_Keys(address),
+                auth_strategy=Keys(address),
             )
         except paramiko.BadHostKeyException as error:
             raise StageError(
@@ -410,18 +246,6 @@ class SshDevice:
     def remove(self, path: str) -> None:
         """Remove a folder and what is in it; what cannot be removed stays."""
         self.run(["rm", "-rf", "--", path])
-
-
-def _expand(command: str, address: Address) -> str:
-    """Fill in a ProxyCommand's tokens (ssh_config(5), TOKENS)."""
-    for token, value in (
-        ("%h", address.hostname),
-        ("%p", str(address.port)),
-        ("%r", address.user),
-        ("%n", address.name),
-    ):
-        command = command.replace(token, value)
-    return command.replace("%%", "%").removeprefix("exec ")
 
 
 def _lines(file: Any) -> Iterator[str]:
