@@ -2,19 +2,19 @@ from pathlib import Path
 
 import pytest
 
-from toolkit import config
+from toolkit import config, files
 from toolkit.errors import UsageError
 
 
 @pytest.mark.parametrize("kind", ["profiles", "targets"])
 def test_every_shipped_file_is_valid(kind: str) -> None:
-    names = config.names(kind)
+    names = files.names(kind)
     assert set(names) >= {"a100", "t4", "jetson-orin", "jetson-orin-nano", "jetson-thor", "host-cpu"}
     for name in names:
         if kind == "profiles":
-            config.load_profile(name)
+            files.load_profile(name)
         else:
-            config.load_profile(config.load_target(name).profile)
+            files.load_profile(files.load_target(name).profile)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_what_is_wrong_in_a_profile_is_named_with_file_and_line(tmp_path: Path, 
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UsageError) as error:
-        config.read_file(config.Profile, path)
+        files.read_file(config.Profile, path)
     assert error.value.message.startswith(str(path))
     assert expected in error.value.message
     assert error.value.hint
@@ -51,16 +51,16 @@ def test_the_working_folder_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "t4.yaml").write_text("flops: 12%\n")
     monkeypatch.chdir(tmp_path)
-    assert str(config.load_profile("t4").flops) == "12%"
+    assert str(files.load_profile("t4").flops) == "12%"
 
 
 def test_a_profile_survives_being_shown_and_read_again(tmp_path: Path) -> None:
     import yaml
 
-    before = config.load_profile("jetson-orin")
+    before = files.load_profile("jetson-orin")
     path = tmp_path / "jetson-orin.yaml"
     path.write_text(yaml.safe_dump(before.model_dump(mode="json", exclude={"name"}, exclude_none=True)))
-    assert config.read_file(config.Profile, path) == before
+    assert files.read_file(config.Profile, path) == before
 
 
 def test_recipes_are_layered_and_fast_shortens() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import toolkit
-from toolkit import config, containers
+from toolkit import config, containers, files
 from toolkit.containers import ContainerEngine, images
 from toolkit.errors import StageError
 
@@ -17,7 +17,7 @@ PODMAN = ContainerEngine("podman", "podman", "linux/amd64", "1000:1001", True, F
 
 
 def target(name: str, **changes: Any) -> config.Target:
-    return config.load_target(name).model_copy(update=changes)
+    return files.load_target(name).model_copy(update=changes)
 
 
 def command(engine: ContainerEngine, **changes: Any) -> list[str]:

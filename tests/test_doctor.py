@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Toolkit
-from toolkit import config, doctor, pipeline
+from toolkit import doctor, files, pipeline
 from toolkit.agent import facts
 from toolkit.checks import Check
 from toolkit.console import Console
@@ -109,7 +109,7 @@ def parse(text: str) -> Probe:
 
 
 def judged(found: Probe, target: str, **changes: Any) -> dict[str, Check]:
-    chosen = config.load_target(target).model_copy(update=changes)
+    chosen = files.load_target(target).model_copy(update=changes)
     return {check.name: check for check in doctor.judge(found, chosen, "/home/me/.toolkit")}
 
 
@@ -214,7 +214,7 @@ def test_a_device_without_a_shell_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(StageError, match=r"could not be examined \(exit 1\): This account is not available"):
         probe.probe(LocalDevice(tmp_path))
-    _, checks = doctor.examine_device(LocalDevice(tmp_path), config.load_target("host-cpu"))
+    _, checks = doctor.examine_device(LocalDevice(tmp_path), files.load_target("host-cpu"))
     assert [(check.name, check.status) for check in checks] == [("reach", "fail")]
 
 
@@ -349,7 +349,7 @@ def test_a_run_says_first_what_its_device_lacks(
     device = LocalDevice(tmp_path)
     device.python = "/no/such/python"
     monkeypatch.setattr(pipeline, "open_device", lambda host, *rest: device)
-    chosen = config.load_target("host-cpu" if target == "linux" else target).model_copy(update={"host": "shelf"})
+    chosen = files.load_target("host-cpu" if target == "linux" else target).model_copy(update={"host": "shelf"})
     job: Any = type("Job", (), {"target": chosen, "build": tmp_path / "build"})
     pipeline.foresee(job, Runner(Store(tmp_path / "store"), Console(quiet=True), "commit", frozenset(), False))
     told = capsys.readouterr().err
@@ -359,5 +359,5 @@ def test_a_run_says_first_what_its_device_lacks(
 
 def test_a_run_here_asks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "probe", lambda device: sys.exit("asked"))
-    job: Any = type("Job", (), {"target": config.load_target("host-cpu"), "build": tmp_path / "build"})
+    job: Any = type("Job", (), {"target": files.load_target("host-cpu"), "build": tmp_path / "build"})
     pipeline.foresee(job, Runner(Store(tmp_path / "store"), Console(quiet=True), "commit", frozenset(), False))

@@ -28,16 +28,16 @@ def _described(choice: dict[str, Any]) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def listed(as_json: bool = False) -> None:
     """List every image, and which one a target would use and why."""
-    from toolkit import config
+    from toolkit import files
     from toolkit.cli import print_json
     from toolkit.containers import images
     from toolkit.errors import StageError
 
     catalogue = images.catalogue()
     targets: dict[str, Any] = {}
-    for name in sorted(config.names("targets")):
+    for name in sorted(files.names("targets")):
         try:
-            targets[name] = vars(images.image_for(config.load_target(name), {}))
+            targets[name] = vars(images.image_for(files.load_target(name), {}))
         except StageError as error:
             targets[name] = {"image": None, "why": error.message}
     if as_json:
@@ -95,13 +95,13 @@ def build(names: tuple[str, ...], platform: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(target: str | None, as_json: bool) -> None:
     """Examine the container engine of this host, or of TARGET's."""
-    from toolkit import config
+    from toolkit import files
     from toolkit.checks import failed
     from toolkit.cli import print_json
     from toolkit.commands.checklist import show
     from toolkit.containers.doctor import examine
 
-    checks = examine(config.load_target(target) if target else None)
+    checks = examine(files.load_target(target) if target else None)
     if as_json:
         print_json([vars(check) for check in checks])
     else:

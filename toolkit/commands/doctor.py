@@ -16,8 +16,8 @@ from toolkit.commands.options import build_folder, complete
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(target: str | None, host: str | None, build_folder: Path, as_json: bool) -> None:
     """Examine this machine, and the device that TARGET names; exits with 1 when something is missing."""
-    from toolkit import config
     from toolkit import doctor as examinations
+    from toolkit import files
     from toolkit.checks import Check, failed
     from toolkit.cli import print_json
     from toolkit.commands.checklist import show
@@ -28,7 +28,7 @@ def doctor(target: str | None, host: str | None, build_folder: Path, as_json: bo
         raise UsageError(
             "--host names where a target is, and none is named", f"toolkit doctor TARGET --host {host}"
         )
-    chosen = config.load_target(target) if target else None
+    chosen = files.load_target(target) if target else None
     if chosen is not None and host is not None:
         chosen = chosen.model_copy(update={"host": host})
     checks = examinations.examine_host(build_folder, chosen)

@@ -22,9 +22,9 @@ def group(kind: Literal["targets", "profiles"]) -> click.Group:
 
     @files.command("list", help=f"List the {kind}: the working folder's and the shipped ones.")
     def listed() -> None:
-        from toolkit import config
+        from toolkit import files
 
-        for name, path in sorted(config.names(kind).items()):
+        for name, path in sorted(files.names(kind).items()):
             click.echo(f"{name:<18} {_read(kind, path).description}")
 
     @files.command(help=f"Show a {singular} with every default filled in.")
@@ -32,11 +32,11 @@ def group(kind: Literal["targets", "profiles"]) -> click.Group:
     def show(name: str) -> None:
         import yaml
 
-        from toolkit import config
+        from toolkit import files
 
-        loaded: Any = config.load_profile(name) if kind == "profiles" else config.load_target(name)
+        loaded: Any = files.load_profile(name) if kind == "profiles" else files.load_target(name)
         values = loaded.model_dump(mode="json", exclude={"name"}, exclude_none=True)
-        click.echo(f"# {config.names(kind)[name]}")
+        click.echo(f"# {files.names(kind)[name]}")
         click.echo(yaml.safe_dump(values, sort_keys=False), nl=False)
 
     @files.command(help=f"Check a {singular} file.")
@@ -49,8 +49,8 @@ def group(kind: Literal["targets", "profiles"]) -> click.Group:
 
 
 def _read(kind: str, path: Path) -> Any:
-    from toolkit import config
+    from toolkit import config, files
 
     if kind == "profiles":
-        return config.read_file(config.Profile, path)
-    return config.read_file(config.Target, path)
+        return files.read_file(config.Profile, path)
+    return files.read_file(config.Target, path)

@@ -23,9 +23,9 @@ def complete(kind: str) -> Callable[[click.Context, click.Parameter, str], list[
     """Return the completion of names of ``targets`` or ``profiles``."""
 
     def names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from toolkit import config
+        from toolkit import files
 
-        return [CompletionItem(name) for name in config.names(kind) if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in files.names(kind) if name.startswith(incomplete)]
 
     return names
 
@@ -96,10 +96,10 @@ def target_from(name: str, host: str | None, runtime: str | None = None) -> Targ
 
     from pydantic import ValidationError
 
-    from toolkit import config
+    from toolkit import config, files
     from toolkit.errors import UsageError
 
-    target = config.load_target(name)
+    target = files.load_target(name)
     if host is not None:
         target = target.model_copy(update={"host": host})
     if runtime is None:
@@ -138,7 +138,7 @@ def job_from(
     """Return the job that the options describe; raises UsageError naming what is wrong."""
     from typing import cast
 
-    from toolkit import config
+    from toolkit import config, files
     from toolkit.errors import UsageError
     from toolkit.job import Job
 
@@ -148,7 +148,7 @@ def job_from(
     chosen = target_from(target, host, runtime)
     if accept_new_host_key:
         chosen = chosen.model_copy(update={"accept_new_host_key": True})
-    settings = config.load_profile(profile or chosen.profile)
+    settings = files.load_profile(profile or chosen.profile)
     if flops is not None and model.startswith("onnx:"):
         raise UsageError("an ONNX file is not pruned to a budget", "leave out --flops")
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from toolkit import __version__, config
+from toolkit import __version__, files
 from toolkit.config import Target
 from toolkit.errors import StageError
 
@@ -74,7 +74,7 @@ class Choice:
 
 def folder() -> Path:
     """Return the folder of ``docker-bake.hcl`` and ``images.yaml``: the working folder's, or the shipped one."""
-    return next(path for path in config.folders("containers") if (path / "docker-bake.hcl").is_file())
+    return next(path for path in files.folders("containers") if (path / "docker-bake.hcl").is_file())
 
 
 def catalogue(revision: str = "unknown") -> dict[str, Image]:
