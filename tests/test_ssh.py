@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pwd
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,87 +17,14 @@ from typing import Any
 import pytest
 
 from tests.conftest import run_toolkit
+from tests.sshd import Server, keygen, needs_sshd
 from toolkit import devices
 from toolkit.devices.ssh import SshDevice
 from toolkit.devices.ssh_address import Address
 from toolkit.devices.ssh_keys import _load
 from toolkit.errors import StageError, UsageError
 
-SSHD = "/usr/sbin/sshd"
-
-pytestmark = pytest.mark.skipif(
-    not Path(SSHD).exists() or os.geteuid() != 0, reason="needs root and sshd (apt-get install openssh-server)"
-)
-
-
-class Server:
-    """An sshd of the test's own on loopback, and the client's configuration for it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        for name in ("host_key", "id_ed25519", "id_rsa", "id_ecdsa", "stranger"):
-            kind = {"id_rsa": "rsa", "id_ecdsa": "ecdsa"}.get(name, "ed25519")
-            self.keygen("-t", kind, "-N", "", "-f", str(folder / name))
-        keys = [(folder / f"{name}.pub").read_text() for name in ("id_ed25519", "id_rsa", "id_ecdsa")]
-        (folder / "authorized_keys").write_text("".join(keys))
-        (folder / "sshd_config").write_text(
-            f"ListenAddress 127.0.0.1\nPort {self.port}\nHostKey {folder}/host_key\nUsePAM no\nStrictModes no\n"
-            f"AuthorizedKeysFile {folder}/authorized_keys\nPasswordAuthentication no\nPermitRootLogin yes\n"
-            f"Subsystem sftp internal-sftp\nPidFile none\nMaxAuthTries 20\n"
-        )
-        self.known = folder / "known_hosts"
-        public = " ".join((folder / "host_key.pub").read_text().split()[:2])
-        self.known.write_text(f"[127.0.0.1]:{self.port} {public}\n")
-        self.configure()
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @staticmethod
-    def keygen(*arguments: str) -> None:
-        subprocess.run(["ssh-keygen", "-q", *arguments], check=True)
-
-    def configure(self, **options: str) -> None:
-        """Write the client's configuration, with an include as users have it."""
-        plain = {
-            "HostName": "127.0.0.1",
-            "Port": str(self.port),
-            "User": "root",
-            "IdentityFile": str(self.folder / "id_ed25519"),
-            "IdentitiesOnly": "yes",
-            "UserKnownHostsFile": str(self.known),
-            "GlobalKnownHostsFile": "/dev/null",
-            "ConnectTimeout": "5",
-        } | options
-        lines = "".join(f"  {key} {value}\n" for key, value in plain.items())
-        (self.folder / "hosts").write_text(f"Host orin\n{lines}")
-        (self.folder / "config").write_text(f"Include {self.folder}/hosts\n")
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        Path("/run/sshd").mkdir(exist_ok=True)
-        self.process = subprocess.Popen(
-            [SSHD, "-D", "-e", "-f", str(self.folder / "sshd_config")], stderr=subprocess.DEVNULL
-        )
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.05)
-        raise AssertionError("sshd does not answer")
-
-    def stop(self) -> None:
-        """End it and the connections that it serves; it may have ended already."""
-        if self.process is None:
-            return
-        self.process.send_signal(signal.SIGSTOP)  # so that its list of children stays
-        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        self.process.kill()
-        self.process.wait()
-        self.process = None
+pytestmark = needs_sshd
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +35,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Server:
 @pytest.fixture
 def server(keys: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     keys.configure()
-    monkeypatch.setenv("TOOLKIT_SSH_CONFIG", str(keys.folder / "config"))
+    monkeypatch.setenv("TOOLKIT_SSH_CONFIG", str(keys.config))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     devices._connected.cache_clear()
     _load.cache_clear()
@@ -158,7 +82,7 @@ def test_programs_and_files(connect: Callable[..., SshDevice], tmp_path: Path) -
 
 
 def test_the_home_is_the_devices(server: Server) -> None:
-    assert SshDevice("orin", "~/.toolkit", "python3").root == f"{pwd.getpwnam('root').pw_dir}/.toolkit"
+    assert SshDevice("orin", "~/.toolkit", "python3").root == f"{server.home('orin')}/.toolkit"
 
 
 @pytest.mark.parametrize("name", ["id_ed25519", "id_rsa", "id_ecdsa"])
@@ -192,7 +116,7 @@ def test_an_encrypted_key_without_a_terminal(
     server: Server, connect: Callable[..., SshDevice], caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(server.folder / "id_ed25519", server.folder / "locked")
-    server.keygen("-p", "-P", "", "-N", "secret", "-f", str(server.folder / "locked"))
+    keygen("-p", "-P", "", "-N", "secret", "-f", str(server.folder / "locked"))
     server.configure(IdentityFile=str(server.folder / "locked"))
     with pytest.raises(StageError, match="takes none of the keys"):
         connect()
@@ -236,7 +160,7 @@ def test_a_host_key_under_another_name(server: Server, connect: Callable[..., Ss
 
 @pytest.mark.parametrize("option", ["ProxyJump", "ProxyCommand"])
 def test_behind_another_host(server: Server, connect: Callable[..., SshDevice], option: str) -> None:
-    config = server.folder / "config"
+    config = server.config
     value = "orin" if option == "ProxyJump" else f"ssh -F {config} -W %h:%p orin"
     inner = (server.folder / "hosts").read_text().replace("Host orin", "Host inner") + f"  {option} {value}\n"
     config.write_text(f"Include {server.folder}/hosts\n{inner}")

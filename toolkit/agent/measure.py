@@ -107,7 +107,7 @@ def _with_trtexec(request: dict[str, Any], description: dict[str, Any]) -> dict[
         if batch <= largest
     ]
     single = measured[0][1]
-    np.save(os.path.join(request["out"], "latencies.npy"), single["latencies"])
+    np.save(os.path.join(request["out"], "latencies.npy"), np.array(single["latencies"], np.int64))
     why = "trtexec measures latency only; accuracy needs TensorRT's Python bindings and cuda-python on the device"
     return {
         "accuracy": None,

@@ -17,8 +17,6 @@ import sys
 import tempfile
 from typing import Any
 
-import numpy as np
-
 from .protocol import OutOfMemory, Refusal, progress
 
 _PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec")  # JetPack, NVIDIA's containers
@@ -189,7 +187,7 @@ def latency(
         input_file: One query's input as raw bytes.
 
     Returns:
-        ``latencies`` (int64 nanoseconds of each query, in order), ``samples_per_s`` (over the whole measurement),
+        ``latencies`` (nanoseconds of each query, in order), ``samples_per_s`` (over the whole measurement),
         and ``settings`` for the record.
 
     Raises:
@@ -215,7 +213,7 @@ def latency(
             traces = json.load(file)
     span = traces[-1]["endComputeMs"] - traces[0]["startComputeMs"]
     return {
-        "latencies": np.array([round(trace["computeMs"] * 1e6) for trace in traces], np.int64),
+        "latencies": [round(trace["computeMs"] * 1e6) for trace in traces],
         "samples_per_s": len(traces) * batch / span * 1000,
         "settings": {
             "tool": "trtexec",
