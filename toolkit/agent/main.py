@@ -9,7 +9,7 @@ import traceback
 from types import FrameType
 from typing import Any
 
-from . import facts, releases, upkeep
+from . import activation, facts, releases, upkeep
 from .protocol import Refusal, emit, receive
 
 
@@ -36,8 +36,7 @@ VERBS = {
     "build": _build,
     "inventory": releases.inventory,
     "install": releases.install,
-    "switch": releases.switch,
-    "restore": releases.restore,
+    "activate": activation.activate,
     "health": _health,
     "releases": upkeep.describe,
     "prune": upkeep.prune,

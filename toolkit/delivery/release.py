@@ -124,11 +124,6 @@ def _prunable(agent: Agent) -> str:
     return f"`toolkit releases prune TARGET --keep 0` would free {found['bytes']:,} bytes"
 
 
-def switch(release_id: str, agent: Agent) -> dict[str, Any]:
-    """Make a release current; returns ``current``, ``previous``, and in ``was`` what they were before."""
-    return agent.ask("switch", {"root": agent.device.root, "id": release_id})
-
-
 def bench(
     release: Release, agent: Agent, settings: dict[str, Any], out: Path, progress: Progress
 ) -> dict[str, Any]:

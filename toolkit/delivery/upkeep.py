@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit import units
-from toolkit.delivery import release as delivery
 from toolkit.devices.agent import Agent
 from toolkit.errors import StageError, UsageError
-
-_HEALTH_SECONDS = 300.0  # a GPU's first load of an engine takes a minute on a slow device
 
 
 @dataclass(frozen=True)
@@ -120,22 +117,12 @@ def activate(release_id: str, agent: Agent) -> dict[str, Any]:
         UnhealthyError: It does not run; ``current`` and ``previous`` are what they were.
         StageError: The release is not whole; or it does not run, and what was current cannot be so again.
     """
-    switched = delivery.switch(release_id, agent)
-    place = {"root": agent.device.root, "id": release_id}
-    try:
-        agent.ask("health", place, timeout=_HEALTH_SECONDS)
-    except StageError as problem:
-        sick = f"release {release_id} does not run ({problem.message})"
-        try:
-            current = agent.ask("restore", place | {"was": switched["was"]})["current"]
-        except StageError as second:
-            raise StageError(f"{sick} and is current nevertheless: {second.message}", second.hint) from second
-        raise UnhealthyError(f"{sick}; {_state(current)}", problem.hint) from problem
-    return {"current": switched["current"], "previous": switched["previous"]}
-
-
-def _state(current: str | None) -> str:
-    return f"release {current} is current again" if current else "no release is current, as before"
+    found = agent.ask("activate", {"root": agent.device.root, "id": release_id})
+    if problem := found["problem"]:
+        current = found["current"]
+        state = f"release {current} is current again" if current else "no release is current, as before"
+        raise UnhealthyError(f"release {release_id} does not run ({problem['message']}); {state}", problem["hint"])
+    return found
 
 
 def prune(agent: Agent, keep: int, *, dry_run: bool = False) -> Pruned:
