@@ -85,6 +85,19 @@ def test_push_sends_only_what_is_missing(device: LocalDevice, tmp_path: Path) ->
     assert images[0].stat().st_ino == images[1].stat().st_ino
 
 
+@pytest.mark.parametrize(("left", "sent"), [(b"ima", 5997), (b"x" * 10, 6000), (b"images" * 1001, 6000)])
+def test_what_a_broken_push_left_is_gone_on_from(
+    device: LocalDevice, tmp_path: Path, left: bytes, sent: int
+) -> None:
+    one = release("one", tmp_path)
+    begun = Path(device.root, "incoming", one.manifest["files"]["evaluation/images.npy"]["sha256"])
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(left)
+    assert delivery.push(one, Agent(device)).sent_bytes == sent + len(b"model one")
+    images = Path(device.root, "releases", one.id, "evaluation", "images.npy")
+    assert images.read_bytes() == b"images" * 1000
+
+
 def test_switch_keeps_the_previous_release(device: LocalDevice, tmp_path: Path) -> None:
     agent = Agent(device)
     one, two = release("one", tmp_path), release("two", tmp_path)

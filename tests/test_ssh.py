@@ -81,6 +81,49 @@ def test_programs_and_files(connect: Callable[..., SshDevice], tmp_path: Path) -
     assert device.facts()["arch"]
 
 
+def test_a_copy_that_broke_off_is_gone_on_from(
+    server: Server, connect: Callable[..., SshDevice], tmp_path: Path
+) -> None:
+    device = connect()
+    content = os.urandom(20 << 20)
+    source, there = tmp_path / "source", Path(device.root, "incoming", "content")
+    source.write_bytes(content)
+    blocks: list[int] = []
+
+    def cut(count: int) -> None:
+        blocks.append(count)
+        if len(blocks) == 5:
+            server.stop()
+
+    with pytest.raises(StageError, match="broke off during the copying of"):
+        device.upload(source, str(there), 0, cut)
+    server.start()
+    begun = there.stat().st_size
+    assert 0 < begun < len(content)
+    assert content.startswith(there.read_bytes())
+    del blocks[:]
+    device.upload(source, str(there), begun, blocks.append)
+    assert sum(blocks) == len(content) - begun
+    assert there.read_bytes() == content
+
+
+def test_a_broken_copy_never_takes_its_name(
+    server: Server, connect: Callable[..., SshDevice], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program there ends well when the connection is lost, and must not think that it has everything."""
+    device = connect()
+    monkeypatch.setattr("toolkit.devices.ssh.blocks", lambda file: iter([file.read(1000)]))
+    with pytest.raises(StageError, match="could not be copied on 'orin'"):
+        device.put(os.urandom(2000), f"{device.root}/whole")
+    assert not device.exists(f"{device.root}/whole")
+
+
+def test_a_full_disk(connect: Callable[..., SshDevice], tmp_path: Path) -> None:
+    device = connect()
+    with pytest.raises(StageError, match="there is no room left for /dev/full"):
+        device.upload(b"x" * 5000, "/dev/full", 0, lambda count: None)
+
+
 def test_the_home_is_the_devices(server: Server) -> None:
     assert SshDevice("orin", "~/.toolkit", "python3").root == f"{server.home('orin')}/.toolkit"
 

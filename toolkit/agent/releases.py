@@ -84,7 +84,8 @@ def inventory(request: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``installed`` (whole and verified), ``damaged`` (files of it that are not what they should be),
-        ``missing`` (SHA-256 of content to send), ``current``, ``previous``, ``free_bytes``.
+        ``missing`` (SHA-256 of content to send), ``begun`` (what an earlier push has sent of it: SHA-256 of the
+        content to ``bytes`` and ``sha256`` of its beginning), ``current``, ``previous``, ``free_bytes``.
     """
     root, manifest = request["root"], request["manifest"]
     for folder in ("incoming", "store", "releases"):
@@ -98,10 +99,16 @@ def inventory(request: dict[str, Any]) -> dict[str, Any]:
             content = os.path.join(root, "store", entry["sha256"])
             if not os.path.isfile(content) or digest(content) != entry["sha256"]:
                 missing.add(entry["sha256"])
+    begun = {}
+    for name in missing:
+        sent = os.path.join(root, "incoming", name)
+        if os.path.isfile(sent):
+            begun[name] = {"bytes": os.path.getsize(sent), "sha256": digest(sent)}
     return {
         "installed": there and not damaged,
         "damaged": damaged,
         "missing": sorted(missing),
+        "begun": begun,
         "free_bytes": shutil.disk_usage(root).free,
         **links(root),
     }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import __version__
+from toolkit import __version__, units
 from toolkit.agent.releases import identity
 from toolkit.devices.agent import Agent, pack
+from toolkit.devices.content import blocks, opened
 from toolkit.errors import StageError
 from toolkit.store import Artifact, Progress
 
@@ -26,6 +28,10 @@ class Release:
     def id(self) -> str:
         """Name of the release: a hash of its manifest, which holds the hash of every file."""
         return str(self.manifest["id"])
+
+    def source(self, name: str) -> Path | bytes:
+        """Where a file's content is."""
+        return self.sources.get(name) or self.content[name]
 
 
 @dataclass(frozen=True)
@@ -100,21 +106,44 @@ def push(release: Release, agent: Agent, progress: Progress = lambda done, total
     sent = 0
     if not there["installed"]:
         by_hash = {entry["sha256"]: name for name, entry in release.manifest["files"].items()}
-        wanted = [by_hash[digest] for digest in there["missing"]]
-        needed = sum(release.manifest["files"][name]["bytes"] for name in wanted)
+        offsets = {
+            digest: _verified(release, by_hash[digest], there["begun"].get(digest)) for digest in there["missing"]
+        }
+        sizes = {digest: release.manifest["files"][by_hash[digest]]["bytes"] for digest in offsets}
+        needed = sum(sizes.values()) - sum(offsets.values())
         if needed > there["free_bytes"]:
             raise StageError(
                 f"{device.name} has {there['free_bytes']:,} bytes free and the release needs {needed:,}",
                 f"free space below {device.root}; {_prunable(agent)}",
             )
-        for name in wanted:
-            entry = release.manifest["files"][name]
-            source = release.sources.get(name) or release.content[name]
-            device.put(source, f"{device.root}/incoming/{entry['sha256']}")
-            sent += entry["bytes"]
-            progress(sent, needed, "bytes sent")
+        started = time.monotonic()
+
+        def count(block: int) -> None:
+            nonlocal sent
+            sent += block
+            rate = sent / (time.monotonic() - started)
+            left = units.duration((needed - sent) / rate)
+            progress(sent, needed, f"bytes sent, {units.size(int(rate))}/s, {left} left")
+
+        for digest, offset in offsets.items():
+            if offset < sizes[digest] or digest not in there["begun"]:
+                incoming = f"{device.root}/incoming/{digest}"
+                device.upload(release.source(by_hash[digest]), incoming, offset, count)
         agent.ask("install", place)
     return Pushed(sent, there["current"], there["previous"], there["damaged"])
+
+
+def _verified(release: Release, name: str, begun: dict[str, Any] | None) -> int:
+    """Return how many bytes of a file are on the device already, from a push that broke off."""
+    if begun is None or begun["bytes"] > release.manifest["files"][name]["bytes"]:
+        return 0
+    found = hashlib.sha256()
+    left = begun["bytes"]
+    with opened(release.source(name)) as file:
+        for block in blocks(file):
+            found.update(block[:left])
+            left -= len(block[:left])
+    return int(begun["bytes"]) if found.hexdigest() == begun["sha256"] else 0
 
 
 def _prunable(agent: Agent) -> str:

@@ -34,6 +34,12 @@ class Device(Protocol):
     def put(self, source: Path | bytes, destination: str) -> None:
         """Copy a file (or bytes) there, making its folder; the destination is whole or absent."""
 
+    def upload(self, source: Path | bytes, destination: str, offset: int, progress: Callable[[int], None]) -> None:
+        """Copy a file or bytes there from byte ``offset`` on, making its folder; ``progress`` hears of each block.
+
+        It is written in place: what is there when this breaks off is the beginning to go on from.
+        """
+
     def get(self, source: str, destination: Path) -> None:
         """Copy a file from there."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from toolkit import agent
 from toolkit.devices import Device
 from toolkit.errors import StageError
+from toolkit.process import Finished
 from toolkit.store import Progress
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,28 @@ class Agent:
         Raises:
             StageError: It refuses (with its reason and remedy), or breaks off.
         """
+        finished, answer = self._call(verb, request, progress, timeout)
+        if answer is None and self.place in finished.stderr:  # it is not there, or not whole
+            self.device.put(pack(), self.place)
+            finished, answer = self._call(verb, request, progress, timeout)
+        for line in finished.stderr.splitlines():
+            log.info("%s: %s", self.device.name, line)
+        if answer is None:
+            answer = {"event": "nothing"}
+        if answer["event"] == "result":
+            return dict(answer["value"])
+        if answer["event"] == "refusal":
+            raise StageError(f"{self.device.name}: {answer['message']}", answer["hint"])
+        reason = answer.get("message") or (finished.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise StageError(
+            f"the agent on {self.device.name} broke off during '{verb}' (exit {finished.returncode}): {reason}",
+            "run again with -v for its whole output",
+        )
+
+    def _call(
+        self, verb: str, request: dict[str, Any], progress: Progress, timeout: float | None
+    ) -> tuple[Finished, dict[str, Any] | None]:
+        """Run the agent and return how it ended, with its last word that is no progress."""
         answers: list[dict[str, Any]] = []
 
         def hear(line: str) -> None:
@@ -71,23 +94,10 @@ class Agent:
             else:
                 answers.append(event)
 
-        if not self.device.exists(self.place):
-            self.device.put(pack(), self.place)
         finished = self.device.run(
             [self.device.python, self.place, verb],
             stdin=json.dumps(request | {"protocol": agent.PROTOCOL}),
             on_line=hear,
             timeout=timeout,
         )
-        for line in finished.stderr.splitlines():
-            log.info("%s: %s", self.device.name, line)
-        answer: dict[str, Any] = answers[-1] if answers else {"event": "nothing"}
-        if answer["event"] == "result":
-            return dict(answer["value"])
-        if answer["event"] == "refusal":
-            raise StageError(f"{self.device.name}: {answer['message']}", answer["hint"])
-        reason = answer.get("message") or (finished.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise StageError(
-            f"the agent on {self.device.name} broke off during '{verb}' (exit {finished.returncode}): {reason}",
-            "run again with -v for its whole output",
-        )
+        return finished, answers[-1] if answers else None

@@ -90,6 +90,10 @@ class ContainerDevice:
         """Copy a file or bytes to the machine."""
         self.inner.put(source, destination)
 
+    def upload(self, source: Path | bytes, destination: str, offset: int, progress: Callable[[int], None]) -> None:
+        """Copy a file or bytes to the machine from ``offset`` on, in place."""
+        self.inner.upload(source, destination, offset, progress)
+
     def get(self, source: str, destination: Path) -> None:
         """Copy a file back from the machine."""
         self.inner.get(source, destination)

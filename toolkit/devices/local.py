@@ -12,6 +12,7 @@ from typing import Any
 
 from toolkit import process
 from toolkit.agent import facts
+from toolkit.devices.content import blocks, opened
 from toolkit.errors import disk_errors
 from toolkit.process import Finished
 
@@ -59,6 +60,15 @@ class LocalDevice:
             else:
                 shutil.copyfile(source, temporary)
             temporary.replace(path)
+
+    def upload(self, source: Path | bytes, destination: str, offset: int, progress: Callable[[int], None]) -> None:
+        """Copy a file or bytes from ``offset`` on, in place."""
+        path = Path(destination)
+        with disk_errors(Path(self.root), path.name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab" if offset else "wb") as there, opened(source) as here:
+                here.seek(offset)
+                there.writelines(blocks(here, progress))
 
     def get(self, source: str, destination: Path) -> None:
         """Copy a file back."""

@@ -6,10 +6,11 @@ import contextlib
 import logging
 import os
 import shlex
+import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import paramiko
 from paramiko.auth_strategy import AuthFailure
 
+from toolkit.devices.content import BLOCK, blocks, opened
 from toolkit.devices.ssh_address import Address
 from toolkit.devices.ssh_keys import HostKeys, Keys
 from toolkit.errors import StageError
@@ -46,9 +48,8 @@ class SshDevice:
         self._address = Address.resolve(host)
         self._accept_new = accept_new_host_key
         self._client: paramiko.SSHClient | None = None
-        self._sftp: paramiko.SFTPClient | None = None
-        home = self._files().normalize(".")
-        self.root = root.replace("~", home, 1) if root.startswith("~") else root
+        self._connected()
+        self.root = root.replace("~", self._home(), 1) if root.startswith("~") else root
 
     # --- the connection --------------------------------------------------------------------------------------
 
@@ -57,7 +58,6 @@ class SshDevice:
         transport = self._client.get_transport() if self._client else None
         if self._client is not None and transport is not None and transport.is_active():
             return self._client
-        self._sftp = None
         for pause in _PAUSES if self._client is not None else ():
             with contextlib.suppress(StageError):
                 self._client = self._connect()
@@ -89,6 +89,7 @@ class SshDevice:
                 banner_timeout=timeout,
                 auth_timeout=timeout * 3,
                 auth_strategy=Keys(address),
+                transport_factory=_transport,
             )
         except paramiko.BadHostKeyException as error:
             raise StageError(
@@ -115,16 +116,10 @@ class SshDevice:
         transport.set_keepalive(int(address.seconds("serveraliveinterval", _KEEPALIVE_SECONDS)))
         return client
 
-    def _files(self) -> paramiko.SFTPClient:
-        client = self._connected()
-        if self._sftp is None:
-            try:
-                self._sftp = client.open_sftp()
-            except paramiko.SSHException as error:
-                raise StageError(
-                    f"'{self.name}' has no SFTP: {error}", "set 'Subsystem sftp internal-sftp' in its sshd_config"
-                ) from error
-        return self._sftp
+    def _home(self) -> str:
+        lines: list[str] = []
+        self.run(["sh", "-c", "cd && pwd"], on_line=lines.append)
+        return lines[-1]
 
     # --- programs --------------------------------------------------------------------------------------------
 
@@ -152,6 +147,22 @@ class SshDevice:
             StageError: The connection breaks, or the program runs past ``timeout``.
         """
         log.info("run on %s: %s", self.name, shlex.join(argv))
+
+        def hear(output: Any) -> None:
+            for line in _lines(output):
+                on_line(line.rstrip("\n"))
+
+        return self._execute(argv, [stdin.encode()], hear, timeout, argv[0])
+
+    def _execute(
+        self,
+        argv: Sequence[str],
+        stdin: Iterable[bytes],
+        hear: Callable[[Any], object],
+        timeout: float | None,
+        what: str,
+    ) -> Finished:
+        """Run a program there: ``stdin`` goes in, ``hear`` reads what comes out, ``what`` is for messages."""
         # the first line is the process to end when this side breaks off: closing a channel ends nothing
         command = shlex.join(["sh", "-c", 'echo $$; exec "$@"', "sh", *argv])
         expired = threading.Event()
@@ -175,11 +186,10 @@ class SshDevice:
                     target=lambda: stderr.extend(_lines(channel.makefile_stderr("rb"))), daemon=True
                 )
                 drain.start()
-                output = _lines(channel.makefile("rb"))
-                process = int(next(output, "0"))
+                output = channel.makefile("rb", BLOCK)
+                process = _process(output)
                 _feed(channel, stdin)
-                for line in output:
-                    on_line(line.rstrip("\n"))
+                hear(output)
                 drain.join()
                 returncode = channel.recv_exit_status()
                 if returncode == -1:
@@ -194,12 +204,12 @@ class SshDevice:
         except (OSError, EOFError, paramiko.SSHException) as error:
             if not expired.is_set():
                 raise StageError(
-                    f"the connection to '{self.name}' broke off during {argv[0]}: {error}",
+                    f"the connection to '{self.name}' broke off during {what}: {error}",
                     "the same command continues where it stopped",
                 ) from error
         if expired.is_set():
             raise StageError(
-                f"{argv[0]} on '{self.name}' did not end within {timeout:g} s", "look at the device's load"
+                f"{what} on '{self.name}' did not end within {timeout:g} s", "look at the device's load"
             )
         return Finished(returncode, "".join(stderr))
 
@@ -213,39 +223,81 @@ class SshDevice:
         except (OSError, EOFError, paramiko.SSHException):
             log.info("process %d on %s could not be ended", process, self.name)
 
-    # --- files -----------------------------------------------------------------------------------------------
+    # --- files: through the shell, since a device may have no SFTP and a round trip is dear ---------------------
 
     def put(self, source: Path | bytes, destination: str) -> None:
         """Copy a file or bytes there; the destination is whole or absent."""
         folder, _, name = destination.rpartition("/")
         temporary = f"{folder}/.{name}.{os.getpid()}"
-        with _explained(self.name, destination):
-            files = self._files()
-            _make_folders(files, folder)
-            if isinstance(source, bytes):
-                with files.open(temporary, "wb") as file:
-                    file.write(source)
-            else:
-                files.put(str(source), temporary)
-            files.posix_rename(temporary, destination)
+        # cat ends well when the connection is lost, too: only the length tells
+        script = 'mkdir -p -- "$1" && cat > "$2" && [ "$(wc -c < "$2")" -eq "$4" ] && mv -f -- "$2" "$3"'
+        with opened(source) as file:
+            length = str(file.seek(0, os.SEEK_END))
+            file.seek(0)
+            self._copy(script, [folder, temporary, destination, length], blocks(file), destination)
+
+    def upload(self, source: Path | bytes, destination: str, offset: int, progress: Callable[[int], None]) -> None:
+        """Copy a file or bytes there from ``offset`` on, in place; see :class:`toolkit.devices.Device`."""
+        script = 'mkdir -p -- "$1" && cat >' + (">" if offset else "") + ' "$2"'
+        with opened(source) as file:
+            file.seek(offset)
+            folder = destination.rpartition("/")[0]
+            self._copy(script, [folder, destination], blocks(file, progress), destination)
 
     def get(self, source: str, destination: Path) -> None:
         """Copy a file from there."""
-        with _explained(self.name, source):
-            self._files().get(source, str(destination))
+        with destination.open("wb") as file:
+            self._copy('cat -- "$1"', [source], (), source, lambda output: shutil.copyfileobj(output, file, BLOCK))
 
     def exists(self, path: str) -> bool:
         """Tell whether a file is there."""
-        with _explained(self.name, path):
-            try:
-                self._files().stat(path)
-            except FileNotFoundError:
-                return False
-            return True
+        return self.run(["test", "-e", path]).returncode == 0
 
     def remove(self, path: str) -> None:
         """Remove a folder and what is in it; what cannot be removed stays."""
         self.run(["rm", "-rf", "--", path])
+
+    def _copy(
+        self,
+        script: str,
+        arguments: Sequence[str],
+        content: Iterable[bytes],
+        path: str,
+        hear: Callable[[Any], object] = lambda output: output.read(),
+    ) -> None:
+        """Run a script that copies ``path``; what goes wrong with it becomes a sentence."""
+        log.info("copy on %s: %s %s", self.name, script, shlex.join(arguments))
+        argv = ["sh", "-c", f"LC_ALL=C; export LC_ALL; {script}", "sh", *arguments]
+        finished = self._execute(argv, content, hear, None, f"the copying of {path}")
+        if finished.returncode == 0:
+            return
+        said = (finished.stderr.strip().splitlines() or [f"exit {finished.returncode}"])[-1]
+        if "No space left" in said or "quota exceeded" in said:
+            raise StageError(f"there is no room left for {path} on '{self.name}'", "free space there")
+        if "No such file" in said:
+            raise StageError(f"{path} is not on '{self.name}'", "run the same command again")
+        if "Permission denied" in said or "Read-only" in said:
+            raise StageError(
+                f"no permission for {path} on '{self.name}'", "choose another folder: root in the target file"
+            )
+        raise StageError(f"{path} could not be copied on '{self.name}': {said}", "look at the device's disk")
+
+
+def _transport(connection: Any, **options: Any) -> paramiko.Transport:
+    """Prefer AES-GCM, which processors have instructions for: a third faster than AES-CTR with an HMAC."""
+    transport = paramiko.Transport(connection, **options)
+    security = transport.get_security_options()
+    security.ciphers = sorted(security.ciphers, key=lambda name: "gcm" not in name)
+    return transport
+
+
+def _process(output: Any) -> int:
+    """Return the number that the first line names; what a login shell greets with comes before it."""
+    for line in _lines(output):
+        if line.strip().isdigit():
+            return int(line)
+        log.info("%s", line.rstrip())
+    return 0
 
 
 def _lines(file: Any) -> Iterator[str]:
@@ -253,41 +305,10 @@ def _lines(file: Any) -> Iterator[str]:
         yield line.decode("utf-8", "replace")
 
 
-def _feed(channel: paramiko.Channel, text: str) -> None:
+def _feed(channel: paramiko.Channel, content: Iterable[bytes]) -> None:
     try:
-        channel.sendall(text.encode())
+        for block in content:
+            channel.sendall(block)
         channel.shutdown_write()
     except OSError:
         log.info("the program ended before it had read its input")
-
-
-@contextlib.contextmanager
-def _explained(name: str, path: str) -> Iterator[None]:
-    """Turn what goes wrong with a file on the device into a sentence."""
-    try:
-        yield
-    except PermissionError as error:
-        raise StageError(
-            f"no permission for {path} on '{name}'", "choose another folder: root in the target file"
-        ) from error
-    except FileNotFoundError as error:
-        raise StageError(f"{path} is not on '{name}'", "run the same command again") from error
-    except (OSError, EOFError, paramiko.SSHException) as error:
-        full = "free space there" if "Failure" in str(error) else "the same command continues where it stopped"
-        raise StageError(
-            f"copying {path} on '{name}' broke off: {error or 'the connection was lost'}", full
-        ) from error
-
-
-def _make_folders(files: paramiko.SFTPClient, folder: str) -> None:
-    missing = []
-    while folder:
-        try:
-            files.stat(folder)
-            break
-        except FileNotFoundError:
-            missing.append(folder)
-            folder = folder.rpartition("/")[0]
-    for path in reversed(missing):
-        with contextlib.suppress(OSError):  # another connection may have made it meanwhile
-            files.mkdir(path)
