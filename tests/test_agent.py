@@ -17,6 +17,7 @@ from toolkit import agent as agent_package
 from toolkit.agent import releases
 from toolkit.agent.protocol import Refusal
 from toolkit.agent.releases import identity
+from toolkit.bench.agreement import PROBED, require_alike
 from toolkit.delivery import release as delivery
 from toolkit.delivery.release import Release
 from toolkit.devices.agent import Agent, pack
@@ -202,3 +203,23 @@ def test_the_raw_measurement_supports_what_is_reported(finished: tuple[Path, dic
     assert (logits.argmax(1) == labels).mean() == pytest.approx(bench["accuracy"])
     assert bench["images"] == len(labels) == 359
     assert 10e6 < bench["peak_memory_bytes"] < 400e6
+
+
+def test_the_probe_computes_what_the_graph_says(finished_copy: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    root = finished_copy / "build" / "devices" / "tiny"
+    artifacts = finished[1]["artifacts"]
+    store = Store(finished_copy / "build" / "store")
+    graph, data = (store.lookup(stage, artifacts[stage]) for stage in ("quantize", "data"))
+    assert graph
+    assert data
+    here = json.loads((root / "current" / "manifest.json").read_text())
+    logits = delivery.probe(Release(here, {}, {}), Agent(LocalDevice(root)), PROBED)
+    assert logits is not None
+    assert logits.shape == (PROBED, 10)
+    require_alike(graph, data, logits, "int8", "orin")
+    logits[3] = -logits[3]
+    with pytest.raises(StageError, match="the engine on orin computes something else than its graph"):
+        require_alike(graph, data, logits, "int8", "orin")
+    logits[3] = np.nan
+    with pytest.raises(StageError, match="computes something else"):
+        require_alike(graph, data, logits, "int8", "orin")

@@ -73,7 +73,7 @@ def run(job: Job, stages: Runner) -> None:
     engine = stages.need(build(job, stages, networks, place))
     device = stages.prepared(destination(job)).device
     engine = fit(job, stages, networks, engine, device)
-    release = compose(job, networks.data, engine)
+    release = compose(job, networks, engine)
     pushed = push(stages, release, device)
     bench = stages.need(measure(job, stages, networks, engine, release, device))
     verdict = contract.judge(job.profile.contract, bench.meta, networks.reference_accuracy, engine.meta["bytes"])
@@ -267,14 +267,19 @@ def fit(job: Job, stages: Runner, networks: Networks, engine: Artifact, device: 
     return engine
 
 
-def compose(job: Job, data: Artifact, engine: Artifact) -> Release:
+def compose(job: Job, networks: Networks, engine: Artifact) -> Release:
     """Put together what goes to the device."""
+    made = {**vars(networks), "engine": engine}
     about = {
         "workload": {"model": str(job.model), "data": job.data.kind, "seed": job.seed},
         "profile": job.profile.name,
         "contract": job.profile.contract.model_dump(),
+        "provenance": {
+            "artifacts": {name: artifact.digest for name, artifact in made.items() if artifact},
+            "versions": networks.exported.versions,
+        },
     }
-    return delivery.compose(engine, data, about=about, fast=job.fast)
+    return delivery.compose(engine, networks.data, about=about, fast=job.fast)
 
 
 def push(stages: Runner, release: Release, device: Device) -> delivery.Pushed:
@@ -298,10 +303,13 @@ def measure(
     }
 
     def make(work: Work) -> dict[str, Any]:
-        from toolkit.bench.agreement import agreement
+        from toolkit.bench.agreement import PROBED, agreement, require_alike
 
+        logits = delivery.probe(release, Agent(device), PROBED)
+        if logits is not None:
+            require_alike(networks.graph, data, logits, job.precision, device.name)
         result = delivery.bench(release, Agent(device), settings, work.out, work.progress)
-        latencies, logits = statistics.load(work.out / "latencies.npy"), work.out / "logits.npy"
+        latencies, computed = statistics.load(work.out / "latencies.npy"), work.out / "logits.npy"
         best = max(result["throughput"], key=lambda entry: float(entry["samples_per_s"]))
         return result | {
             "scenario": "SingleStream",
@@ -309,7 +317,7 @@ def measure(
             "latency_ms": statistics.summarise(latencies),
             "throughput": best,
             "batches": result["throughput"],
-            "agreement": agreement(exported, data, logits, work.progress) if logits.exists() else None,
+            "agreement": agreement(exported, data, computed, work.progress) if computed.exists() else None,
             "device": {key: facts[key] for key in _TOLD},
         }
 

@@ -77,6 +77,7 @@ class Artifact:
     Attributes:
         digest: Hash of the files and of ``meta``; equal results have equal digests, whenever they were made.
         meta: What later stages need to know without opening a file.
+        versions: Of Python and the libraries that it was made with.
     """
 
     stage: str
@@ -89,6 +90,7 @@ class Artifact:
     seconds: float
     created: str
     cached: bool = True
+    versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def pending(cls, stage: str) -> Artifact:
@@ -201,7 +203,7 @@ class Store:
                 raise DamagedError(f"{path / name} has {size} bytes instead of {entry['bytes']}")
             if sha256_file(path / name) != entry["sha256"]:
                 raise DamagedError(f"{path / name} was altered: its SHA-256 is not the recorded one")
-        keys = ("digest", "meta", "files", "fast", "seconds", "created")
+        keys = ("digest", "meta", "files", "fast", "seconds", "created", "versions")
         return Artifact(stage, key, path, **{name: record[name] for name in keys})
 
     def produce(
@@ -302,7 +304,17 @@ class Store:
             work.out.rename(final)
         _fsync(final.parent)
         return Artifact(
-            stage, key, final, record["digest"], meta, files, fast, record["seconds"], record["created"], False
+            stage,
+            key,
+            final,
+            record["digest"],
+            meta,
+            files,
+            fast,
+            record["seconds"],
+            record["created"],
+            cached=False,
+            versions=record["versions"],
         )
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The health check: does a release run here, now."""
+"""Whether a release runs here, and what it computes: before the benchmark, and as the last check of a switch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,31 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     Raises:
         Refusal: The release is not whole, does not load or run, or computes what is no number.
     """
-    root, release = request["root"], request["id"]
-    folder = os.path.join(root, "releases", release)
+    logits = _compute(request, 1)
+    if logits is not None and not np.isfinite(logits).all():
+        raise Refusal("the engine computes values that are not numbers", "build it again (--rerun build)")
+    return {"id": request["id"]}
+
+
+def probe(request: dict[str, Any]) -> dict[str, Any]:
+    """Compute the first images of the evaluation data, for the host to hold against its own.
+
+    Args:
+        request: ``root``, ``id``, and ``images``: how many.
+
+    Returns:
+        ``logits``: a list an image; None where only trtexec can run the engine, which does, but tells no values.
+
+    Raises:
+        Refusal: The release is not whole, or does not load or run.
+    """
+    logits = _compute(request, request["images"])
+    return {"logits": None if logits is None else logits.tolist()}
+
+
+def _compute(request: dict[str, Any], count: int) -> np.ndarray | None:
+    root = request["root"]
+    folder = os.path.join(root, "releases", request["id"])
     releases.require_whole(folder)
     description = engine.read(folder, root)
     if description["runtime"] == "tensorrt" and not measure.can_run_plans():
@@ -34,11 +57,9 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
             raise Refusal(
                 "the engine does not run: {}".format(reason), "stop what else runs on the device"
             ) from reason
-        return {"id": release}
-    image = np.load(os.path.join(folder, "evaluation", "images.npy"), mmap_mode="r")[:1]
+        return None
+    images = np.load(os.path.join(folder, "evaluation", "images.npy"), mmap_mode="r")[:count]
     session = engine.load(folder, root)
-    logits = session.run(np.array(image))
+    logits = measure.evaluate(session, images)
     session.close()
-    if not np.isfinite(logits).all():
-        raise Refusal("the engine computes values that are not numbers", "build it again (--rerun build)")
-    return {"id": release}
+    return logits

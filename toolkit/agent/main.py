@@ -31,6 +31,12 @@ def _health(request: dict[str, Any]) -> dict[str, Any]:
     return health.check(request)
 
 
+def _probe(request: dict[str, Any]) -> dict[str, Any]:
+    from . import health
+
+    return health.probe(request)
+
+
 VERBS = {
     "facts": facts.collect,
     "build": _build,
@@ -38,6 +44,7 @@ VERBS = {
     "install": releases.install,
     "activate": activation.activate,
     "health": _health,
+    "probe": _probe,
     "releases": upkeep.describe,
     "prune": upkeep.prune,
     "bench": _bench,

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from toolkit.compression import data as datasets
+from toolkit.config import Precision
+from toolkit.errors import StageError
 from toolkit.graphs import difference, run_onnx
 from toolkit.store import Artifact, Progress
 
 _IMAGES = 1000
+PROBED = 16
+# of an image's largest logit: TF32 products in an fp32 engine, other kernels and roundings in fp16 and int8; what
+# computes something else is off by about 1
+_TOLERANCE = {"fp32": 0.02, "fp16": 0.05, "int8": 0.25}
 
 
 def agreement(exported: Artifact, data: Artifact, logits: Path, progress: Progress) -> dict[str, Any]:
@@ -33,3 +40,24 @@ def agreement(exported: Artifact, data: Artifact, logits: Path, progress: Progre
     (expected,) = run_onnx(exported.file("model.onnx").read_bytes(), images, batch, progress)
     apart = difference(expected, found)
     return {"images": apart["images"], "top1": apart["top1_agreement"], "max_absolute": apart["max_absolute"]}
+
+
+def require_alike(graph: Artifact, data: Artifact, logits: NDArray[Any], precision: Precision, where: str) -> None:
+    """Raise StageError unless a device computes what the graph that its engine was built from says.
+
+    Args:
+        graph: The graph, in the engine's precision.
+        data: Its first test images were computed there.
+        logits: What came of them, ``(N, ...)``.
+        precision: The engine's.
+        where: The device's name, for the message.
+    """
+    images = datasets.load_images(data, "test")[: len(logits)]
+    (expected,) = run_onnx(graph.file("model.onnx").read_bytes(), images, batch=1)
+    apart = difference(expected, logits)["max_relative"]
+    if not apart <= _TOLERANCE[precision]:  # not a number is not alike
+        raise StageError(
+            f"the engine on {where} computes something else than its graph: logits differ by {apart:.2g} of the "
+            f"largest, {_TOLERANCE[precision]:g} is allowed for {precision}",
+            "build it again (--rerun build), or choose another precision (--precision)",
+        )

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from toolkit import __version__, units
 from toolkit.agent.releases import identity
 from toolkit.devices.agent import Agent, pack
@@ -151,6 +154,13 @@ def _prunable(agent: Agent) -> str:
     if not found["bytes"]:
         return "no release there can be pruned"
     return f"`toolkit releases prune TARGET --keep 0` would free {found['bytes']:,} bytes"
+
+
+def probe(release: Release, agent: Agent, images: int) -> NDArray[np.float32] | None:
+    """Return what the release computes of its first images on the device, ``(N, ...)``; None if it cannot tell."""
+    place = {"root": agent.device.root, "id": release.id, "images": images}
+    logits = agent.ask("probe", place)["logits"]
+    return None if logits is None else np.array(logits, np.float32)
 
 
 def bench(
