@@ -197,6 +197,8 @@ class Target(Strict):
     root: str | None = None
     python: str = "python3"
     accept_new_host_key: bool = False
+    signing: Literal["optional", "required"] = "optional"
+    signing_key: str | None = None
     image: str | None = None
     threads: int = Field(default=1, ge=1)
     build: Build = Build()

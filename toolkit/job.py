@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolkit.config import Data, Flops, Model, Precision, Profile, Recipe, Target
+from toolkit.delivery.lease import Claim
 from toolkit.errors import UsageError
 
 
@@ -28,6 +29,7 @@ class Job:
     allow_fast: bool
     rebuild_stale: bool
     build: Path
+    claim: Claim = field(default_factory=Claim)
 
     def __post_init__(self) -> None:
         if self.model.trainable and not self.data.labelled:

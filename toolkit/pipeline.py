@@ -70,11 +70,14 @@ def run(job: Job, stages: Runner) -> None:
     engines.require_precision(job.target, job.precision)
     networks = compress(job, stages)
     place = stages.prepared(places.choose(job.target, job.build))
+    if job.target.where == "device":
+        stages.hold(place.device, job)
     engine = stages.need(build(job, stages, networks, place))
-    device = stages.prepared(destination(job)).device
+    device = place.device if job.target.where == "device" else stages.prepared(destination(job)).device
+    stages.hold(device, job)
     engine = fit(job, stages, networks, engine, device)
     release = compose(job, networks, engine)
-    pushed = push(stages, release, device)
+    pushed = push(job, stages, release, device)
     bench = stages.need(measure(job, stages, networks, engine, release, device))
     verdict = contract.judge(job.profile.contract, bench.meta, networks.reference_accuracy, engine.meta["bytes"])
     stages.judged(verdict)
@@ -282,10 +285,12 @@ def compose(job: Job, networks: Networks, engine: Artifact) -> Release:
     return delivery.compose(engine, networks.data, about=about, fast=job.fast)
 
 
-def push(stages: Runner, release: Release, device: Device) -> delivery.Pushed:
+def push(job: Job, stages: Runner, release: Release, device: Device) -> delivery.Pushed:
     """Bring the release to the device; it does not become current by that."""
     there = f"{device.root}/releases/{release.id}/manifest.json"
-    return stages.push(release.id, device.exists(there), lambda p: delivery.push(release, Agent(device), p))
+    return stages.push(
+        release.id, device.exists(there), lambda p: delivery.push(release, Agent(device), p, job.target)
+    )
 
 
 def measure(

@@ -59,7 +59,8 @@ def execute(
     with disk_errors(job.build, "the run's record"), store.in_use():
         try:
             pipeline.foresee(job, stages)
-            pipeline.run(job, stages)
+            with stages.leases:
+                pipeline.run(job, stages)
         except Reached:
             log.info("reached %s", until)
         except ToolkitError as caught:

@@ -15,8 +15,11 @@ from typing import Any, ClassVar
 from toolkit import units
 from toolkit.bench.contract import Verdict
 from toolkit.console import Console, fresh, reused
+from toolkit.delivery import lease
 from toolkit.delivery.release import Commitment, Pushed
+from toolkit.devices import Device
 from toolkit.engines.places import Place
+from toolkit.job import Job
 from toolkit.report import terminal
 from toolkit.store import Artifact, DamagedError, Progress, Store, Work
 
@@ -65,6 +68,7 @@ class Runner:
         fast: Whether this is a fast run.
         done: What became of each stage so far.
         artifacts: The artifacts so far, by stage.
+        leases: Devices that are held until it is closed.
     """
 
     store: Store
@@ -74,6 +78,7 @@ class Runner:
     fast: bool = False
     done: list[Done] = field(default_factory=list)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
+    leases: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     release: str | None = None
     verdict: Verdict | None = None
     commitment: Commitment | None = None
@@ -146,6 +151,11 @@ class Runner:
         with self.console.progress("image") as progress:
             place.prepare(lambda line: progress(0, 0, line[:120]))
         return place
+
+    def hold(self, device: Device, job: Job) -> None:
+        """Keep others from changing a device until :attr:`leases` is closed."""
+        doing = f"toolkit {'run' if self.until == 'commit' else self.until} {job.target.name}"
+        self.leases.enter_context(lease.held(device, doing, job.claim, self.console))
 
     def judged(self, verdict: Verdict) -> None:
         """Keep the verdict."""
@@ -252,6 +262,9 @@ class Planner(Runner):
         text = f"release {release} is on the device" if there else f"would send release {release}"
         self.done.append(Done("push", there, 0.0, release if there else None, text))
         return Pushed(0, None, None, [])
+
+    def hold(self, device: Device, job: Job) -> None:
+        """Leave the device to others: a plan changes nothing."""
 
     def need(self, artifact: Artifact) -> Artifact:
         """End the plan at what nobody can know before it is made."""

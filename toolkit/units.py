@@ -8,6 +8,7 @@ import re
 _NUMBER = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(\S*)\s*$")
 
 MILLISECONDS = {"ms": 1.0, "us": 1e-3, "µs": 1e-3, "μs": 1e-3, "s": 1e3}
+SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 BYTES = {
     "B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9,
     "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30,

@@ -6,9 +6,8 @@ import json
 import os
 from typing import Any
 
-from . import builder, facts, fingerprint, ort
+from . import builder, facts, fingerprint, ort, releases, signatures
 from .protocol import Refusal
-from .releases import digest
 
 ENGINE = "engine.json"
 _BUILDERS = {"onnxruntime": ort.build, "tensorrt": builder.build, "tensorrt-rtx": builder.build}
@@ -42,14 +41,19 @@ def read(folder: str, root: str) -> dict[str, Any]:
     """Return what ``engine.json`` says, after checking that the engine is whole and fits this device.
 
     Raises:
-        Refusal: It is damaged, or was built for another device.
+        Refusal: It is damaged, was built for another device, or is in a release whose signature does not count.
     """
+    if signatures.guarded(root):
+        folder = os.path.realpath(folder)
+        files = releases.require_signed(folder)["files"]
+        if releases.digest(os.path.join(folder, ENGINE)) != files[ENGINE]["sha256"]:
+            raise Refusal("release {} is damaged: {}".format(os.path.basename(folder), ENGINE), "push it again")
     with open(os.path.join(folder, ENGINE), encoding="utf-8") as file:
         engine = json.load(file)
     problem = mismatch(engine["fingerprint"], facts.collect({"root": root}))
     if problem is not None:
         raise Refusal("the engine does not fit: {}".format(problem), "rebuild it for this device (--rebuild-stale)")
-    if digest(os.path.join(folder, engine["file"])) != engine["sha256"]:
+    if releases.digest(os.path.join(folder, engine["file"])) != engine["sha256"]:
         raise Refusal("the engine {} is damaged".format(engine["file"]), "push it again")
     return dict(engine)
 

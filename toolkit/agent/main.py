@@ -9,7 +9,7 @@ import traceback
 from types import FrameType
 from typing import Any
 
-from . import activation, facts, releases, upkeep
+from . import activation, facts, leases, releases, signatures, upkeep
 from .protocol import Refusal, emit, receive
 
 
@@ -22,7 +22,9 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
 def _bench(request: dict[str, Any]) -> dict[str, Any]:
     from . import measure
 
-    return measure.bench(request)
+    result = measure.bench(request)
+    leases.require(request)  # whoever has taken the device over meanwhile has disturbed the measurement
+    return result
 
 
 def _health(request: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +50,15 @@ VERBS = {
     "releases": upkeep.describe,
     "prune": upkeep.prune,
     "bench": _bench,
+    "signers": signatures.signers,
+    "trust": signatures.trust,
+    "take-lease": leases.take,
+    "renew-lease": leases.renew,
+    "return-lease": leases.give_back,
+    "show-lease": leases.show,
 }
+# verbs for whoever holds the device's lease, or for anybody when nobody does
+CHANGES = {"build", "install", "activate", "prune", "bench", "trust"}
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -63,7 +73,10 @@ def main(arguments: list[str]) -> int:
         return 2
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        emit("result", value=VERBS[arguments[0]](receive()))
+        request = receive()
+        if arguments[0] in CHANGES and not request.get("dry_run"):
+            leases.require(request)
+        emit("result", value=VERBS[arguments[0]](request))
     except Refusal as refusal:
         emit("refusal", message=refusal.message, hint=refusal.hint)
         return 1

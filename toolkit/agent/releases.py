@@ -2,7 +2,7 @@
 
 ROOT/incoming/<sha256>   what the host has sent and nobody has verified yet
 ROOT/store/<sha256>      verified content, once
-ROOT/releases/<id>/      hard links into the store, and manifest.json
+ROOT/releases/<id>/      hard links into the store, manifest.json, and its signature where it has one
 ROOT/current, previous   symlinks to a release
 """
 
@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from . import signatures
 from .protocol import Refusal
 
 
@@ -85,7 +86,9 @@ def inventory(request: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``installed`` (whole and verified), ``damaged`` (files of it that are not what they should be),
         ``missing`` (SHA-256 of content to send), ``begun`` (what an earlier push has sent of it: SHA-256 of the
-        content to ``bytes`` and ``sha256`` of its beginning), ``current``, ``previous``, ``free_bytes``.
+        content to ``bytes`` and ``sha256`` of its beginning), ``signed_by`` (None when its signature is missing or
+        does not count), ``guarded`` (whether releases have to be signed here), ``current``, ``previous``,
+        ``free_bytes``.
     """
     root, manifest = request["root"], request["manifest"]
     for folder in ("incoming", "store", "releases"):
@@ -93,6 +96,10 @@ def inventory(request: dict[str, Any]) -> dict[str, Any]:
     folder = os.path.join(root, "releases", manifest["id"])
     there = os.path.isdir(folder)
     damaged = damaged_files(folder, manifest) if there else []
+    signature = os.path.join(folder, signatures.SIGNATURE)
+    signed = signatures.examine(root, manifest["id"], canonical(manifest), signature)
+    if there and signed["refused"]:
+        damaged.append(signatures.SIGNATURE)
     missing = set()
     if damaged or not there:
         for entry in manifest["files"].values():
@@ -109,6 +116,8 @@ def inventory(request: dict[str, Any]) -> dict[str, Any]:
         "damaged": damaged,
         "missing": sorted(missing),
         "begun": begun,
+        "signed_by": signed["signed_by"],
+        "guarded": signatures.guarded(root),
         "free_bytes": shutil.disk_usage(root).free,
         **links(root),
     }
@@ -118,13 +127,14 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
     """Verify what was sent and put the release together; it is not current by that.
 
     Args:
-        request: ``root`` and ``manifest``.
+        request: ``root``, ``manifest``, and ``signature`` of it; None where there is none, or it is here already.
 
     Raises:
-        Refusal: A file that was sent is not what the manifest says.
+        Refusal: A file that was sent is not what the manifest says, or its signature does not count here.
     """
     root, manifest = request["root"], request["manifest"]
     with locked(root):
+        signature = _receive_signature(root, manifest, request.get("signature"))
         for name, entry in sorted(manifest["files"].items()):
             content = os.path.join(root, "store", entry["sha256"])
             sent = os.path.join(root, "incoming", entry["sha256"])
@@ -159,6 +169,8 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(os.path.join(staged, "manifest.json.new"), os.path.join(staged, "manifest.json"))
+        if signature is not None:
+            os.replace(signature, os.path.join(staged, signatures.SIGNATURE))
         sync(staged)
         if staged != folder:
             os.rename(staged, folder)
@@ -166,11 +178,29 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
     return {"id": manifest["id"]}
 
 
+def _receive_signature(root: str, manifest: dict[str, Any], text: str | None) -> str | None:
+    """Return where a signature that was sent lies; refuses one that does not count before anything is touched."""
+    release = manifest["id"]
+    installed = os.path.join(root, "releases", release, signatures.SIGNATURE)
+    sent = os.path.join(root, "incoming", release + ".sig")
+    if text is not None:
+        with open(sent, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    signatures.require(root, release, canonical(manifest), installed if text is None else sent)
+    return None if text is None else sent
+
+
+def canonical(manifest: dict[str, Any]) -> bytes:
+    """Return the bytes that a manifest's name is a hash of, and that its signature signs."""
+    content = {key: value for key, value in manifest.items() if key != "id"}
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
 def identity(manifest: dict[str, Any]) -> str:
     """Return a release's name: a hash of its manifest, which holds the hash of every file."""
-    content = {key: value for key, value in manifest.items() if key != "id"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical(manifest)).hexdigest()[:16]
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -188,9 +218,18 @@ def read_manifest(folder: str) -> dict[str, Any]:
     return dict(manifest)
 
 
+def require_signed(folder: str) -> dict[str, Any]:
+    """Return a release's manifest; refuses one whose signature does not count here."""
+    manifest = read_manifest(folder)
+    root = os.path.dirname(os.path.dirname(folder))
+    signature = os.path.join(folder, signatures.SIGNATURE)
+    signatures.require(root, os.path.basename(folder), canonical(manifest), signature)
+    return manifest
+
+
 def require_whole(folder: str) -> None:
-    """Refuse a release that is not what its manifest says, naming its damaged files."""
-    damaged = damaged_files(folder, read_manifest(folder))
+    """Refuse a release whose signature does not count, or that is not what its manifest says, naming the files."""
+    damaged = damaged_files(folder, require_signed(folder))
     if damaged:
         release = os.path.basename(folder)
         raise Refusal("release {} is damaged: {}".format(release, ", ".join(damaged)), "push it again")

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from . import releases
+from . import releases, signatures
 from .protocol import Refusal
 
 _STALE_SECONDS = 24 * 3600  # a push, build or benchmark that is at work may still need what is younger
@@ -24,8 +24,9 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``current``, ``previous`` (ids or None), and ``releases``, newest first: ``id``, ``installed`` (seconds
-        since 1970), ``bytes``, ``damaged`` (names of files), and out of the manifest, None where that is damaged:
-        ``model``, ``data``, ``profile``, ``runtime``, ``precision``, ``fast``.
+        since 1970), ``bytes``, ``damaged`` (names of files), ``signed_by`` and ``refused`` (see
+        :func:`signatures.examine`), and out of the manifest, None where that is damaged: ``model``, ``data``,
+        ``profile``, ``runtime``, ``precision``, ``fast``.
     """
     root = request["root"]
     known: dict[tuple[int, int], str] = {}
@@ -45,6 +46,7 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
             damaged = releases.damaged_files(folder, manifest, digest)
         except Refusal:
             manifest, damaged = {}, ["manifest.json"]
+        signature = os.path.join(folder, signatures.SIGNATURE)
         workload, engine = manifest.get("workload", {}), manifest.get("engine", {})
         found.append(
             {
@@ -52,6 +54,7 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
                 "installed": _installed(folder),
                 "bytes": sum(os.stat(path).st_size for path in _files(folder)),
                 "damaged": damaged,
+                **signatures.examine(root, release, releases.canonical(manifest), signature),
                 "model": workload.get("model"),
                 "data": workload.get("data"),
                 "profile": manifest.get("profile"),

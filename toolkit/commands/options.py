@@ -46,6 +46,26 @@ in_container = click.option(
     "--in-container", is_flag=True, help="Run in the training image (NGC PyTorch), with the GPU if there is one."
 )
 
+
+def _seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float:
+    from toolkit import units
+
+    try:
+        return 0.0 if value is None else units.parse(value, units.SECONDS)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+wait = click.option(
+    "--wait",
+    metavar="TIME",
+    callback=_seconds,
+    help="Wait so long (10m) while somebody else is at work on the device.",
+)
+steal = click.option(
+    "--steal", is_flag=True, help="Take the device from whoever is at work on it; they are stopped."
+)
+
 _OPTIONS = (
     click.argument("target", shell_complete=complete("targets")),
     click.option("--model", default="resnet20", show_default=True, metavar="MODEL",
@@ -66,6 +86,8 @@ _OPTIONS = (
     click.option("--rebuild-stale", is_flag=True, help="Build on the device what does not fit it."),
     host,
     click.option("--accept-new-host-key", is_flag=True, help="Trust a host key that nobody knows yet."),
+    wait,
+    steal,
     click.option("--seed", type=click.IntRange(0, 2**31), default=123, show_default=True),
     click.option("--fast", is_flag=True, help="A short recipe on part of the data; the result is marked."),
     click.option("--allow-fast", is_flag=True, help="Let a fast run become the current release."),
@@ -132,6 +154,8 @@ def job_from(
     allow_fast: bool,
     skip_bad_images: bool,
     build_folder: Path,
+    wait: float,
+    steal: bool,
     verbose: int,
     **_: Any,
 ) -> Job:
@@ -139,6 +163,7 @@ def job_from(
     from typing import cast
 
     from toolkit import config, files
+    from toolkit.delivery.lease import Claim
     from toolkit.errors import UsageError
     from toolkit.job import Job
 
@@ -167,4 +192,5 @@ def job_from(
         allow_fast=allow_fast,
         rebuild_stale=rebuild_stale,
         build=build_folder,
+        claim=Claim(wait, steal),
     )

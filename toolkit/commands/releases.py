@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from toolkit.commands.options import build_folder, complete, host, target_from
+from toolkit.commands.options import build_folder, complete, host, steal, target_from, wait
 
 if TYPE_CHECKING:
     from toolkit.delivery.upkeep import Installed
@@ -39,20 +40,25 @@ def listed(target: str, host: str | None, build_folder: Path, as_json: bool) -> 
     Every file is hashed there, and those that are not what they should be are named.
     """
     from toolkit.cli import print_json
-    from toolkit.delivery import upkeep
+    from toolkit.delivery import lease, upkeep
     from toolkit.devices import open_device
     from toolkit.devices.agent import Agent
 
     chosen = target_from(target, host)
     device = open_device(chosen.host, chosen, build_folder)
-    found = upkeep.listed(Agent(device))
+    agent = Agent(device)
+    found = upkeep.listed(agent)
+    holder = lease.holder(agent)
     if as_json:
-        print_json({"device": device.name, "root": device.root, "releases": [_as_json(entry) for entry in found]})
+        entries = [_as_json(entry) for entry in found]
+        print_json({"device": device.name, "root": device.root, "holder": holder, "releases": entries})
         return
     for entry in found:
         click.echo(_line(entry))
     if not found:
         click.echo(f"no release on {device.name} below {device.root}")
+    if holder:
+        click.echo(f"at work there: {holder}")
 
 
 def _as_json(entry: Installed) -> dict[str, object]:
@@ -70,6 +76,9 @@ def _line(entry: Installed) -> str:
         words.append(f"{entry.model} for {entry.profile}, {entry.runtime} {entry.precision}")
     if entry.fast:
         words.append("(fast run)")
+    words.append(f"signed by {entry.signed_by}" if entry.signed_by else "unsigned")
+    if entry.refused:
+        words.append(click.style(f"REFUSED: {entry.refused}", fg="red"))
     if entry.damaged:
         words.append(click.style(f"DAMAGED: {', '.join(entry.damaged)}", fg="red"))
     return " ".join(words)
@@ -80,21 +89,30 @@ def _line(entry: Installed) -> str:
 @click.option("--keep", type=click.IntRange(0), required=True, help="How many of the newest releases stay.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @host
+@wait
+@steal
 @build_folder
-def prune(target: str, keep: int, dry_run: bool, host: str | None, build_folder: Path) -> None:
+def prune(
+    target: str, keep: int, dry_run: bool, host: str | None, wait: float, steal: bool, build_folder: Path
+) -> None:
     """Remove all but the newest releases from TARGET's device.
 
     The current and the previous one always stay. With the others goes the content that no release shares, and what
     broken-off pushes, builds and benchmarks left more than a day ago.
     """
     from toolkit import units
-    from toolkit.delivery import upkeep
+    from toolkit.console import Console
+    from toolkit.delivery import lease, upkeep
     from toolkit.devices import open_device
     from toolkit.devices.agent import Agent
 
     chosen = target_from(target, host)
     device = open_device(chosen.host, chosen, build_folder)
-    pruned = upkeep.prune(Agent(device), keep, dry_run=dry_run)
+    with contextlib.ExitStack() as until_pruned:
+        if not dry_run:
+            doing = f"toolkit releases prune {target}"
+            until_pruned.enter_context(lease.held(device, doing, lease.Claim(wait, steal), Console()))
+        pruned = upkeep.prune(Agent(device), keep, dry_run=dry_run)
     for name in [*(f"releases/{release}" for release in pruned.releases), *pruned.leftovers]:
         click.echo(name)
     if pruned.contents:

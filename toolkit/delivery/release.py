@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from toolkit import __version__, units
 from toolkit.agent.releases import identity
+from toolkit.config import Target
+from toolkit.delivery import signing
 from toolkit.devices.agent import Agent, pack
 from toolkit.devices.content import blocks, opened
 from toolkit.errors import StageError
@@ -97,17 +99,29 @@ def compose(engine: Artifact, data: Artifact, *, about: dict[str, Any], fast: bo
     return Release(manifest | {"id": identity(manifest)}, sources, content)
 
 
-def push(release: Release, agent: Agent, progress: Progress = lambda done, total, text: None) -> Pushed:
+def push(
+    release: Release,
+    agent: Agent,
+    progress: Progress = lambda done, total, text: None,
+    target: Target | None = None,
+) -> Pushed:
     """Bring a release to the device: only what it lacks is sent, and every file is hashed there.
 
+    Args:
+        release: The release.
+        agent: On the device.
+        progress: Told of bytes sent.
+        target: Who signs the release; None for nobody.
+
     Raises:
-        StageError: The device has no room, or something arrived damaged.
+        StageError: The device has no room or does not take the release, or something arrived damaged.
     """
     device = agent.device
     place = {"root": device.root, "manifest": release.manifest}
     there = agent.ask("inventory", place)
+    signature = signing.seal(release.manifest, target, device, there) if target else None
     sent = 0
-    if not there["installed"]:
+    if signature or not there["installed"]:
         by_hash = {entry["sha256"]: name for name, entry in release.manifest["files"].items()}
         offsets = {
             digest: _verified(release, by_hash[digest], there["begun"].get(digest)) for digest in there["missing"]
@@ -132,7 +146,7 @@ def push(release: Release, agent: Agent, progress: Progress = lambda done, total
             if offset < sizes[digest] or digest not in there["begun"]:
                 incoming = f"{device.root}/incoming/{digest}"
                 device.upload(release.source(by_hash[digest]), incoming, offset, count)
-        agent.ask("install", place)
+        agent.ask("install", place | {"signature": signature})
     return Pushed(sent, there["current"], there["previous"], there["damaged"])
 
 

@@ -20,6 +20,8 @@ class Installed:
         installed: When, in seconds since 1970 by the device's clock.
         bytes: What its files take, shared ones included.
         damaged: Names of files that are not what the manifest says.
+        signed_by: Who signed it; where the device trusts nobody by name, the key.
+        refused: Why the device does not take its signature, or the lack of one.
         model: As ``--model`` was given; this and the following are None where the manifest is damaged.
         data: Kind of the data set.
         profile: Profile that it was made for.
@@ -34,6 +36,8 @@ class Installed:
     installed: float
     bytes: int
     damaged: list[str]
+    signed_by: str | None
+    refused: str | None
     model: str | None
     data: str | None
     profile: str | None

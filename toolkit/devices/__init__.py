@@ -12,11 +12,15 @@ from toolkit.process import Finished
 
 
 class Device(Protocol):
-    """A machine that programs run on and files go to; paths are those of the device."""
+    """A machine that programs run on and files go to; paths are those of the device.
+
+    ``lease`` is the token of the lease that this process holds there; see :mod:`toolkit.delivery.lease`.
+    """
 
     name: str
     python: str
     root: str
+    lease: str | None
 
     def facts(self) -> dict[str, Any]:
         """Return what the device is; see the agent's ``facts.collect``."""

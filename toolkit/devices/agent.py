@@ -96,7 +96,7 @@ class Agent:
 
         finished = self.device.run(
             [self.device.python, self.place, verb],
-            stdin=json.dumps(request | {"protocol": agent.PROTOCOL}),
+            stdin=json.dumps(request | {"protocol": agent.PROTOCOL, "lease": self.device.lease}),
             on_line=hear,
             timeout=timeout,
         )

@@ -35,6 +35,15 @@ class ContainerDevice:
         self.root = inner.root
         self.name = f"container {image} on {inner.name}"
 
+    @property
+    def lease(self) -> str | None:
+        """That of the machine."""
+        return self.inner.lease
+
+    @lease.setter
+    def lease(self, token: str | None) -> None:
+        self.inner.lease = token
+
     def facts(self) -> dict[str, Any]:
         """Return what the agent in the container sees of its machine; asked once."""
         return self._facts

@@ -29,6 +29,7 @@ class LocalDevice:
 
     def __init__(self, root: Path) -> None:
         self.root = str(root)
+        self.lease: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return what this machine is; asked once."""

@@ -45,8 +45,10 @@ class SshDevice:
     def __init__(self, host: str, root: str, python: str, accept_new_host_key: bool = False) -> None:
         self.name = host
         self.python = python
+        self.lease: str | None = None
         self._address = Address.resolve(host)
         self._accept_new = accept_new_host_key
+        self._connecting = threading.Lock()  # a lease is renewed in a thread of its own
         self._client: paramiko.SSHClient | None = None
         self._connected()
         self.root = root.replace("~", self._home(), 1) if root.startswith("~") else root
@@ -55,17 +57,18 @@ class SshDevice:
 
     def _connected(self) -> paramiko.SSHClient:
         """Return the connection, made anew with growing pauses when it is lost."""
-        transport = self._client.get_transport() if self._client else None
-        if self._client is not None and transport is not None and transport.is_active():
-            return self._client
-        for pause in _PAUSES if self._client is not None else ():
-            with contextlib.suppress(StageError):
-                self._client = self._connect()
+        with self._connecting:
+            transport = self._client.get_transport() if self._client else None
+            if self._client is not None and transport is not None and transport.is_active():
                 return self._client
-            log.info("'%s' cannot be reached; again in %g s", self.name, pause)
-            time.sleep(pause)
-        self._client = self._connect()
-        return self._client
+            for pause in _PAUSES if self._client is not None else ():
+                with contextlib.suppress(StageError):
+                    self._client = self._connect()
+                    return self._client
+                log.info("'%s' cannot be reached; again in %g s", self.name, pause)
+                time.sleep(pause)
+            self._client = self._connect()
+            return self._client
 
     def _connect(self) -> paramiko.SSHClient:
         address = self._address
