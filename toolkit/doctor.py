@@ -91,7 +91,7 @@ def judge(found: Probe, target: Target, root: str) -> list[Check]:
         if target.runtime == "tensorrt" and not found.tensorrt_python:
             checks.append(_trtexec(found))
         checks += _python(found)
-    checks += [_root(found, root), *_condition(found), *_occupancy(found)]
+    checks += [_root(found, root), *_signatures(found, target), *_condition(found), *_occupancy(found)]
     return checks
 
 
@@ -200,6 +200,14 @@ def _root(found: Probe, root: str) -> Check:
     return _space("root", found.free_bytes, root, _RELEASE_BYTES, "free space there, or name another root")
 
 
+def _signatures(found: Probe, target: Target) -> Iterator[Check]:
+    if found.guarded:
+        yield Check("signatures", "pass", "it takes only releases that are signed")
+    elif target.signing == "required":
+        text = f"'{target.name}' says signing: required, and it takes releases of anybody"
+        yield Check("signatures", "fail", text, f"toolkit trust {target.name}")
+
+
 def _condition(found: Probe) -> Iterator[Check]:
     """Yield what makes a measurement unsteady, or a time stamp wrong."""
     if found.skew is not None and abs(found.skew) > _SKEW_SECONDS:
@@ -230,6 +238,8 @@ def _condition(found: Probe) -> Iterator[Check]:
 
 def _occupancy(found: Probe) -> Iterator[Check]:
     yield Check("release", "pass", f"{found.current} is current" if found.current else "none yet")
-    if found.locked:
+    if found.holder:
+        yield Check("lease", "warn", f"{found.holder} is at work there", "wait until they have ended: --wait 10m")
+    elif found.locked:
         holder = f"process {found.lock_holder}" if found.lock_holder else "another process"
         yield Check("lock", "warn", f"{holder} works on the releases there", "wait until it has ended")

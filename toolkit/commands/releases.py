@@ -76,9 +76,10 @@ def _line(entry: Installed) -> str:
         words.append(f"{entry.model} for {entry.profile}, {entry.runtime} {entry.precision}")
     if entry.fast:
         words.append("(fast run)")
-    words.append(f"signed by {entry.signed_by}" if entry.signed_by else "unsigned")
     if entry.refused:
         words.append(click.style(f"REFUSED: {entry.refused}", fg="red"))
+    else:
+        words.append(f"signed by {entry.signed_by}" if entry.signed_by else "unsigned")
     if entry.damaged:
         words.append(click.style(f"DAMAGED: {', '.join(entry.damaged)}", fg="red"))
     return " ".join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,8 @@ class Probe:
         load: Running processes, averaged over a minute.
         skew: Seconds that its clock is ahead, negative behind; 0 where it may be right.
         current: The current release.
+        guarded: Whether it takes only signed releases.
+        holder: Who holds its lease, with since and until by its own clock.
         locked: Whether somebody holds the release root's lock.
         lock_holder: Its process, where that is known.
     """
@@ -73,6 +76,8 @@ class Probe:
     load: float | None
     skew: float | None
     current: str | None
+    guarded: bool
+    holder: str | None
     locked: bool
     lock_holder: int | None
 
@@ -159,9 +164,22 @@ def parse(lines: Sequence[str], sent: float, seen: float) -> Probe:
         load=float(one["load"]) if "load" in one else None,
         skew=_skew(int(one["time"]), sent, seen) if one.get("time", "").isdigit() else None,
         current=one.get("current"),
+        guarded="guarded" in one,
+        holder=_holder(one),
         locked=any(line.startswith("locked=") for line in lines),
         lock_holder=int(holder.group()) if (holder := re.match(r"\d+", one.get("locked", ""))) else None,
     )
+
+
+def _holder(one: Mapping[str, str]) -> str | None:
+    """Return who holds the lease that the agent wrote, unless it has expired by the clock that counts."""
+    try:
+        lease = json.loads(one.get("lease", "null"))
+    except ValueError:
+        return None
+    if lease is None or lease["boot"] != one.get("boot") or lease["expires"] <= float(one["uptime"]):
+        return None
+    return f"{lease['holder']} since {lease['since']}, until {lease['until']} if it is not renewed"
 
 
 def _runtimes(packages: Mapping[str, str], debian: Sequence[str], trtexec: str | None) -> dict[str, str]:

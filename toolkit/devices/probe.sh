@@ -24,6 +24,10 @@ probe() {
     [ -d "$place" ] && [ -w "$place" ] && [ -x "$place" ] && echo writable=yes
     echo "df=$(df -Pk -- "$place" | tail -n 1)"
     echo "current=$(basename -- "$(readlink -- "$root/current")")"
+    { [ -e "$root/allowed_signers" ] || [ -L "$root/allowed_signers" ]; } && echo guarded=yes
+    echo "lease=$(cat "$root/lease")"
+    echo "boot=$(cat /proc/sys/kernel/random/boot_id)"
+    echo "uptime=$(cut -d ' ' -f 1 /proc/uptime)"
     if [ -r "$root/lock" ] && command -v flock > /dev/null; then
         flock -n "$root/lock" true
         [ $? = 1 ] && echo "locked=$(fuser "$root/lock")"
