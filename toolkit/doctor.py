@@ -239,7 +239,7 @@ def _condition(found: Probe) -> Iterator[Check]:
 def _occupancy(found: Probe) -> Iterator[Check]:
     yield Check("release", "pass", f"{found.current} is current" if found.current else "none yet")
     if found.holder:
-        yield Check("lease", "warn", f"{found.holder} is at work there", "wait until they have ended: --wait 10m")
+        yield Check("lease", "warn", f"at work there: {found.holder}", "wait until they have ended: --wait 10m")
     elif found.locked:
         holder = f"process {found.lock_holder}" if found.lock_holder else "another process"
         yield Check("lock", "warn", f"{holder} works on the releases there", "wait until it has ended")

@@ -23,6 +23,7 @@ from toolkit.errors import StageError
 log = logging.getLogger(__name__)
 
 SECONDS, RENEWED_EVERY, LOOKED_EVERY = 60.0, 20.0, 5.0
+_ANSWER_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ def held(device: Device, doing: str, claim: Claim = Claim(), console: Console | 
         yield
     finally:
         ended.set()
-        renewing.join(RENEWED_EVERY)
+        renewing.join(_ANSWER_SECONDS)
         machine.lease = None
         try:
-            agent.ask("return-lease", request, timeout=RENEWED_EVERY)
+            agent.ask("return-lease", request, timeout=_ANSWER_SECONDS)
         except StageError as problem:
             log.info("the lease on %s was not given back, and expires: %s", machine.name, problem.message)
 
@@ -120,7 +121,7 @@ def _renew(agent: Agent, request: dict[str, Any], ended: threading.Event) -> Non
     """Renew the lease until its end; it outlives a short loss of the connection, and others report a long one."""
     while not ended.wait(RENEWED_EVERY):
         try:
-            if not agent.ask("renew-lease", request, timeout=RENEWED_EVERY)["mine"]:
+            if not agent.ask("renew-lease", request, timeout=_ANSWER_SECONDS)["mine"]:
                 log.warning("somebody has taken %s over; this ends at its next step there", agent.device.name)
                 return
         except StageError as problem:
