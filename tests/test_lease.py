@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -202,7 +203,7 @@ def test_what_counts_is_the_clock_that_nobody_sets(root: Path, monkeypatch: pyte
     first = {"root": str(root), "token": "1", "holder": "first", "seconds": 60, "steal": False}
     second = first | {"token": "2", "holder": "second"}
     now, boot, wall = leases._clock(), leases._boot(), time.time()
-    assert leases.take(first) == {"taken": True, "held": None}
+    assert leases.take(first) == {"taken": True, "held": None, "kept": True}
     for jump in (3600.0, -3600.0):
         monkeypatch.setattr(time, "time", lambda jump=jump: wall + jump)
         assert not leases.take(second)["taken"]
@@ -220,7 +221,9 @@ def test_what_counts_is_the_clock_that_nobody_sets(root: Path, monkeypatch: pyte
     assert leases.show(first) == {"held": None}
     assert leases.renew(first) == {"mine": True}, "nobody has come since"
     monkeypatch.setattr(leases, "_boot", lambda: boot[::-1])
-    assert leases.take(second) == {"taken": True, "held": None}, "whoever held it before the boot is gone"
+    assert leases.take(second) == {"taken": True, "held": None, "kept": True}, (
+        "whoever held it before the boot is gone"
+    )
     assert leases.renew(first) == {"mine": False}
     leases.give_back(first)
     assert leases.show(first)["held"]["holder"] == "second"
@@ -245,6 +248,24 @@ def test_a_time_to_wait_has_a_unit(toolkit: Toolkit, job: Path, text: str) -> No
     assert (
         "write one of s, m, min, h" in refused.stderr or "not a number with a unit (s, m, min, h)" in refused.stderr
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a small disk")
+def test_a_full_disk_can_be_pruned(toolkit: Toolkit, root: Path, tmp_path: Path) -> None:
+    root.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(root)], check=True)
+    try:
+        agent = Agent(LocalDevice(root))
+        ids = [delivery.push(small(tmp_path, name), agent) and small(tmp_path, name).id for name in "ab"]
+        with contextlib.suppress(OSError), (root / "ballast").open("wb") as file:
+            while True:
+                file.write(b"x" * 4096)
+        pruned = toolkit(*PRUNE)
+        assert pruned.returncode == 0, pruned.stderr
+        assert "the disk of this machine is too full for a lease" in pruned.stderr
+        assert all(release in pruned.stdout for release in ids)
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
 
 
 @needs_sshd

@@ -8,6 +8,7 @@ ROOT/lease.log   who took it over from whom
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -26,19 +27,25 @@ def take(request: dict[str, Any]) -> dict[str, Any]:
             it lasts), ``steal`` (whether it is taken from whoever holds it).
 
     Returns:
-        ``taken``, and ``held``: who holds it, or held it until now, as :func:`show` says it.
+        ``taken``; ``held``: who holds it, or held it until now, as :func:`show` says it; ``kept``: False where the
+        disk is too full for it, so that a prune can still make room.
     """
     root = request["root"]
     with _locked(root):
         there = _read(root)
         held = None if there is None or there["token"] == request["token"] else _shown(there)
         if held and not request["steal"]:
-            return {"taken": False, "held": held}
+            return {"taken": False, "held": held, "kept": False}
         if held:
             with open(os.path.join(root, "lease.log"), "a", encoding="utf-8") as file:
                 file.write("{} {} took over from {}\n".format(_wall(0), request["holder"], held["holder"]))
-        _write(root, request["holder"], request["token"], request["seconds"], _wall(0), _clock())
-    return {"taken": True, "held": held}
+        try:
+            _write(root, request["holder"], request["token"], request["seconds"], _wall(0), _clock())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return {"taken": True, "held": held, "kept": False}
+    return {"taken": True, "held": held, "kept": True}
 
 
 def renew(request: dict[str, Any]) -> dict[str, Any]:

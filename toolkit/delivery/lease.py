@@ -66,7 +66,10 @@ def held(device: Device, doing: str, claim: Claim = Claim(), console: Console | 
         "holder": f"{me()} ({doing}, {os.getpid()})",
         "seconds": SECONDS,
     }
-    _take(agent, request, claim, console or Console(quiet=True))
+    if not _take(agent, request, claim, console or Console(quiet=True)):
+        log.warning("the disk of %s is too full for a lease: nothing keeps others off", machine.name)
+        yield
+        return
     machine.lease = token
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(agent, request, ended), daemon=True)
@@ -98,7 +101,8 @@ def holder(agent: Agent) -> str | None:
     return _words(found) if found else None
 
 
-def _take(agent: Agent, request: dict[str, Any], claim: Claim, console: Console) -> None:
+def _take(agent: Agent, request: dict[str, Any], claim: Claim, console: Console) -> bool:
+    """Take the lease; return whether there was room for it."""
     name = agent.device.name
     answer = agent.ask("take-lease", request | {"steal": claim.steal})
     if not answer["taken"] and claim.wait:
@@ -115,6 +119,7 @@ def _take(agent: Agent, request: dict[str, Any], claim: Claim, console: Console)
         )
     if answer["held"]:
         log.warning("%s was taken over from %s", name, _words(answer["held"]))
+    return bool(answer["kept"])
 
 
 def _renew(agent: Agent, request: dict[str, Any], ended: threading.Event) -> None:
