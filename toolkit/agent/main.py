@@ -9,7 +9,7 @@ import traceback
 from types import FrameType
 from typing import Any
 
-from . import activation, facts, releases, upkeep
+from . import activation, environments, facts, releases, upkeep
 from .protocol import Refusal, emit, receive
 
 
@@ -47,6 +47,7 @@ VERBS = {
     "probe": _probe,
     "releases": upkeep.describe,
     "prune": upkeep.prune,
+    "provision": environments.provision,
     "bench": _bench,
 }
 
@@ -75,6 +76,10 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # the host shows it as what it is: a bug, with its traceback
+        if isinstance(error, ModuleNotFoundError) and error.name == "numpy":
+            message = "the Python on the device has no NumPy ({})".format(sys.executable)
+            emit("refusal", message=message, hint="toolkit provision TARGET")
+            return 1
         traceback.print_exc()
         emit("failure", message="{}: {}".format(type(error).__name__, error))
         return 1

@@ -15,8 +15,11 @@ class Device(Protocol):
     """A machine that programs run on and files go to; paths are those of the device."""
 
     name: str
-    python: str
     root: str
+
+    @property
+    def python(self) -> str:
+        """The Python that the agent runs on."""
 
     def facts(self) -> dict[str, Any]:
         """Return what the device is; see the agent's ``facts.collect``."""
