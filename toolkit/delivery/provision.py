@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from toolkit.devices import Device
 from toolkit.devices.agent import Agent
 from toolkit.devices.probe import Probe, probe
 from toolkit.errors import StageError
-from toolkit.store import Progress
+from toolkit.store import Progress, sha256_file
 
 _OLDEST_PYTHON = (3, 8)
 _MODULES = {
@@ -73,7 +72,7 @@ def provision(
     chosen = {path.name: path for path in wheels.gather(requirements, found, cache, source)}
     order = {
         "root": device.root,
-        "wheels": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in chosen.items()},
+        "wheels": {name: sha256_file(path) for name, path in chosen.items()},
         "requirements": requirements,
         "modules": [*modules, "tensorrt"] if system and found.tensorrt_python else modules,
         "system": system,
@@ -91,10 +90,14 @@ def provision(
                 "free space there, or name another root in the target file",
             )
         sent = 0
-        for path in missing:
-            device.put(path, f"{device.root}/wheels/{path.name}")
-            sent += path.stat().st_size
+
+        def count(block: int) -> None:
+            nonlocal sent
+            sent += block
             progress(sent, total, "bytes sent")
+
+        for path in missing:
+            device.upload(path, f"{device.root}/wheels/{path.name}", 0, count)
         done = agent.ask("provision", order, progress=progress)
         if done["missing"]:
             raise StageError(
