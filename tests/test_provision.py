@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import TARGET, run_toolkit
 from tests.sshd import Server, needs_sshd
-from tests.test_doctor import COMMON, ORIN, parse
+from tests.test_doctor import COMMON, ORIN, T4, parse
 from toolkit import files
 from toolkit.agent import PROTOCOL, facts
 from toolkit.delivery import provision, wheels
@@ -94,7 +94,7 @@ class Bench:
         self.pip = pip
         self.agent = Agent(LocalDevice(self.root), python)
 
-    def order(self, *made: Path, modules: list[str]) -> dict[str, Any]:
+    def order(self, *made: Path, modules: list[str], system: bool = False) -> dict[str, Any]:
         """Put wheels on the device and return the request for an environment of them."""
         (self.root / "wheels").mkdir(parents=True, exist_ok=True)
         hashes = {}
@@ -102,7 +102,7 @@ class Bench:
             (self.root / "wheels" / path.name).write_bytes(path.read_bytes())
             hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return {
-            "root": str(self.root), "wheels": hashes, "requirements": {}, "modules": modules, "system": False,
+            "root": str(self.root), "wheels": hashes, "requirements": {}, "modules": modules, "system": system,
         }  # fmt: skip
 
     def old(self) -> None:
@@ -194,6 +194,16 @@ def test_what_does_not_import_is_refused(bench: Bench) -> None:
     assert bench.imports("old")
 
 
+def test_the_system_s_packages_are_seen_where_they_are_needed(bench: Bench) -> None:
+    """TensorRT is the system's; pip stands in for it."""
+    new = make_wheel(bench.source, "new", "new")
+    with pytest.raises(StageError, match="No module named 'pip'"):
+        bench.agent.ask("provision", bench.order(new, modules=["new", "pip"]))
+    if subprocess.run([sys._base_executable, "-c", "import pip"], capture_output=True).returncode != 0:
+        pytest.skip("this system's Python has no pip")
+    assert bench.agent.ask("provision", bench.order(new, modules=["new", "pip"], system=True))["changed"]
+
+
 def test_an_environment_that_broke_is_made_again(bench: Bench) -> None:
     order = bench.order(make_wheel(bench.source, "new", "new"), modules=["new"])
     bench.agent.ask("provision", order)
@@ -264,19 +274,16 @@ def test_without_a_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_a_gpu_s_target_needs() -> None:
-    orin = parse(ORIN)
     jetson = files.load_target("jetson-orin")
-    assert provision.needs(jetson, orin, "orin") == {"cuda-python": "==12.*", "pillow": ""}
-    server = parse(
-        COMMON + "driver=NVRM version: NVIDIA UNIX Kernel Module  580.65.06  Sun Jul\ndebian=libnvinfer10 10.13\n"
-    )
-    needed = provision.needs(files.load_target("t4"), server, "t4")
-    assert needed == {"cuda-python": "==13.*", "numpy": "", "pillow": ""}
-    with pytest.raises(StageError, match="TensorRT is not installed on shelf"):
-        provision.needs(jetson, parse(COMMON), "shelf")
+    assert provision.needs(jetson, parse(ORIN), "orin") == {"cuda-python": "==12.*", "pillow": ""}
+    newer = ORIN.replace("cuda=", "x=").replace("540.4.0", "580.00").replace("package=numpy", "x=")
+    assert provision.needs(jetson, parse(newer), "orin") == {"cuda-python": "==13.*", "numpy": "", "pillow": ""}
+    for target, found in ((jetson, COMMON), (files.load_target("t4"), ORIN)):
+        with pytest.raises(StageError, match="run in a container there, which brings"):
+            provision.needs(target, parse(found), "shelf")
     ahead = files.load_target("t4").using("tensorrt-rtx")
     version = facts.runtimes().get("tensorrt-rtx")
-    assert provision.needs(ahead, server, "t4")["tensorrt-rtx-cu13"] == (f"=={version}" if version else "")
+    assert provision.needs(ahead, parse(T4), "t4")["tensorrt-rtx-cu13"] == (f"=={version}" if version else "")
 
 
 # --- the command ---------------------------------------------------------------------------------------------

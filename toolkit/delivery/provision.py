@@ -116,7 +116,7 @@ def needs(target: Target, found: Probe, where: str) -> dict[str, str]:
         where: Its name, for messages.
 
     Raises:
-        StageError: The runtime is no wheel and is not there.
+        StageError: Its releases run in a container there.
     """
     wanted = {"numpy": "", "pillow": ""}
     if target.runtime == "onnxruntime":
@@ -124,11 +124,12 @@ def needs(target: Target, found: Probe, where: str) -> dict[str, str]:
     if target.runtime == "tensorrt-rtx":  # an engine runs on the version that built it, which is this machine's
         version = facts.runtimes().get("tensorrt-rtx")
         return wanted | {"tensorrt-rtx-cu13": f"=={version}" if version else "", "cuda-python": "==13.*"}
-    if "tensorrt" not in found.runtimes:
+    if target.where == "container" or "tensorrt" not in found.runtimes:
         raise StageError(
-            f"TensorRT is not installed on {where}, and it is taken from the system",
-            "on a Jetson: sudo apt-get install python3-libnvinfer; without it releases run in a container, "
-            "which needs no provisioning",
+            f"there is nothing to provision on {where}: releases of '{target.name}' run in a container there, "
+            "which brings what they need",
+            "to do without it, install TensorRT there (on a Jetson: sudo apt-get install python3-libnvinfer)"
+            + (", and set build: {where: device}" if target.where == "container" else ""),
         )
     if found.numpy is not None:  # TensorRT's bindings were made for this one
         del wanted["numpy"]
