@@ -326,18 +326,17 @@ def test_the_whole_job_on_a_device_that_had_nothing(server: Server, finished_cop
     assert done.returncode == 0, done.stderr
     assert "orin provisioned" in done.stdout
     assert "onnxruntime" in done.stdout
-    home = server.home("orin")
-    made = {path: path.lstat().st_mtime_ns for path in home.rglob("*")}
+    root = server.home("orin") / ".toolkit"
+    made = {path: path.lstat().st_mtime_ns for path in root.rglob("*")}
     again = run_toolkit(finished_copy, "provision", "tiny", env={"PIP_INDEX_URL": "http://127.0.0.1:9/simple"})
     assert again.returncode == 0, again.stderr
     assert "orin is provisioned already" in again.stdout
-    changed = {path for path in home.rglob("*") if made.get(path) != path.lstat().st_mtime_ns}
-    assert changed <= {home / ".toolkit" / "lock"}
+    changed = {path for path in root.rglob("*") if made.get(path) != path.lstat().st_mtime_ns}
+    assert changed <= {root / "lock"}
     assert run_toolkit(finished_copy, "doctor", "tiny").returncode == 0
     ran = run_toolkit(finished_copy, "run", "tiny", "--precision", "int8", "--json")
     assert ran.returncode == 0, ran.stderr
-    current = home / ".toolkit" / "current"
-    assert current.resolve().name == json.loads(ran.stdout)["commit"]["release"]
+    assert (root / "current").resolve().name == json.loads(ran.stdout)["commit"]["release"]
 
 
 @needs_sshd
@@ -408,7 +407,7 @@ def test_a_device_without_room(small: Path, server: Server, tmp_path: Path, shel
 def test_a_device_without_python(server: Server, tmp_path: Path) -> None:
     result = run_toolkit(aim(tmp_path, "/no/such/python"), "provision", "tiny")
     assert result.returncode == 1
-    assert "error: Python does not run on orin" in result.stderr
+    assert "error: orin: Python does not run there" in result.stderr
     assert "python in the target file" in result.stderr
 
 

@@ -92,7 +92,9 @@ def judge(found: Probe, target: Target, root: str) -> list[Check]:
         checks.append(_runtime(target, found.runtimes.get(target.runtime), "there", hint))
         if target.runtime == "tensorrt" and not found.tensorrt_python:
             checks.append(_trtexec(found))
-        checks += _python(found, target)
+        checks.append(python(found))
+        if checks[-1].status == "pass":
+            checks.append(_numpy(found, target))
     checks += [_root(found, root), *_condition(found), *_occupancy(found)]
     return checks
 
@@ -184,20 +186,22 @@ def _container(found: Probe, target: Target) -> Check:
     return Check("container", "pass", f"{found.container}, which can give the GPU to a container")
 
 
-def _python(found: Probe, target: Target) -> Iterator[Check]:
+def python(found: Probe) -> Check:
+    """Return whether the agent can run on a device's Python, NumPy and runtime aside."""
     oldest = "{}.{}".format(*_OLDEST_PYTHON)
+    hint = f"install Python {oldest} or newer there; python in the target file names another than python3"
     if found.python is None:
-        yield Check("python", "fail", "Python does not run there", f"install Python {oldest} or newer")
-        return
+        return Check("python", "fail", "Python does not run there", hint)
     if tuple(int(part) for part in re.findall(r"\d+", found.python)[:2]) < _OLDEST_PYTHON:
-        yield Check("python", "fail", f"Python {found.python} is too old", f"install Python {oldest} or newer")
-        return
-    yield Check("python", "pass", found.python)
-    if found.numpy is None:
-        hint = _remedy(target, "sudo apt-get install python3-numpy, or python3 -m pip install numpy")
-        yield Check("numpy", "fail", f"the Python there ({found.python}) has no NumPy", hint)
-    else:
-        yield Check("numpy", "pass", found.numpy)
+        return Check("python", "fail", f"Python {found.python} is too old", hint)
+    return Check("python", "pass", found.python)
+
+
+def _numpy(found: Probe, target: Target) -> Check:
+    if found.numpy is not None:
+        return Check("numpy", "pass", found.numpy)
+    hint = _remedy(target, "sudo apt-get install python3-numpy, or python3 -m pip install numpy")
+    return Check("numpy", "fail", f"the Python there ({found.python}) has no NumPy", hint)
 
 
 def _root(found: Probe, root: str) -> Check:

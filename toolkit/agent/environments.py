@@ -86,22 +86,22 @@ def _make(folder: str, wheels: list[str], system: bool) -> None:
     (pip,) = (path for path in wheels if os.path.basename(path).startswith("pip-"))
     site = ["--system-site-packages"] if system else []
     # Debian's Python has no ensurepip: pip runs from its own wheel
-    _run([sys.executable, "-m", "venv", "--without-pip", *site, folder], "no environment can be made")
+    problem = _problem([sys.executable, "-m", "venv", "--without-pip", *site, folder])
+    if problem is not None:
+        raise Refusal(
+            "no environment can be made: {}".format(problem),
+            "the Python there has to be whole, with its module venv; python in the target file names another",
+        )
     progress(0, 0, "installing {} packages".format(len(wheels) - 1))
     quiet = ["--isolated", "--quiet", "--disable-pip-version-check", "--no-cache-dir", "--no-warn-script-location"]
     packages = [path for path in wheels if path != pip]
-    _run(
-        [_python(folder), "-I", os.path.join(pip, "pip"), "install", *quiet, "--no-index", *packages],
-        "the wheels cannot be installed",
+    problem = _problem(
+        [_python(folder), "-I", os.path.join(pip, "pip"), "install", *quiet, "--no-index", *packages]
     )
-
-
-def _run(argv: list[str], failure: str) -> None:
-    problem = _problem(argv)
     if problem is not None:
         raise Refusal(
-            "{}: {}".format(failure, problem),
-            "the Python there has to be whole, with its module venv (python3-venv)",
+            "the wheels cannot be installed: {}".format(problem),
+            "free space there, or give other wheels with --wheels DIR",
         )
 
 

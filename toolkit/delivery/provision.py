@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit import units
+from toolkit import doctor, units
 from toolkit.agent import facts
 from toolkit.config import Target
 from toolkit.delivery import wheels
@@ -16,7 +15,6 @@ from toolkit.devices.probe import Probe, probe
 from toolkit.errors import StageError
 from toolkit.store import Progress, sha256_file
 
-_OLDEST_PYTHON = (3, 8)
 _MODULES = {
     "cuda-python": "cuda",
     "numpy": "numpy",
@@ -63,7 +61,9 @@ def provision(
             what was there before is still in use.
     """
     found = probe(device, target.python)
-    _require_python(found, device.name)
+    check = doctor.python(found)
+    if check.status == "fail":
+        raise StageError(f"{device.name}: {check.text}", check.hint)
     before = found.provisioned or {}
     requirements = before.get("requirements", {}) | needs(target, found, device.name)
     system = target.runtime == "tensorrt" or before.get("system", False)
@@ -140,12 +140,3 @@ def _cuda(found: Probe) -> int:
     """Return the major version of CUDA; where only the driver is known, 13 came with driver 580."""
     version = found.cuda or ("13" if int((found.driver or "0").split(".")[0]) >= 580 else "12")
     return int(version.split(".")[0])
-
-
-def _require_python(found: Probe, where: str) -> None:
-    oldest = "{}.{}".format(*_OLDEST_PYTHON)
-    hint = f"install Python {oldest} or newer there; python in the target file says which one is taken"
-    if found.python is None:
-        raise StageError(f"Python does not run on {where}", hint)
-    if tuple(int(part) for part in re.findall(r"\d+", found.python)[:2]) < _OLDEST_PYTHON:
-        raise StageError(f"Python {found.python} on {where} is too old", hint)

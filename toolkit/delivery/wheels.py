@@ -11,6 +11,8 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from filelock import FileLock
+
 from toolkit import process
 from toolkit.devices.probe import Probe
 from toolkit.errors import StageError, UsageError
@@ -37,18 +39,20 @@ def gather(requirements: Mapping[str, str], found: Probe, cache: Path, source: P
     wanted = [f"{name}{version}" for name, version in sorted(requirements.items())] + ["pip"]
     choice = _choice(found)
     key = hashlib.sha256(json.dumps([wanted, choice]).encode()).hexdigest()[:16]
-    folder = cache / key
-    if source is not None or not folder.exists():
-        partial = cache / f"{key}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        where = ["--no-index", "--find-links", str(source)] if source else ["--find-links", str(partial)]
-        for name in _SOURCES if source is None else ():
-            if name in requirements:
-                _pip(["wheel", "--no-deps", "--wheel-dir", str(partial), name + requirements[name]], found, source)
-        _pip(["download", *where, *choice, "--dest", str(partial), *wanted], found, source)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+    folder, partial = cache / key, cache / f"{key}.partial"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{key}.lock"):
+        if source is not None or not folder.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            where = ["--no-index", "--find-links", str(source)] if source else ["--find-links", str(partial)]
+            for name in _SOURCES if source is None else ():
+                if name in requirements:
+                    named = name + requirements[name]
+                    _pip(["wheel", "--no-deps", "--wheel-dir", str(partial), named], found, source)
+            _pip(["download", *where, *choice, "--dest", str(partial), *wanted], found, source)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
     return sorted(folder.glob("*.whl"))
 
 
