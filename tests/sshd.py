@@ -102,13 +102,16 @@ class Server:
         (self.folder / "hosts").write_text(hosts)
         self.config.write_text(f"Include {self.folder}/hosts\n")
 
+    def script(self) -> str:
+        """What the shell runs that becomes the server, with mounts of its own."""
+        return f"mount --bind {self.folder}/passwd /etc/passwd && exec {SSHD} -D -e -f {self.folder}/sshd_config"
+
     def start(self) -> None:
         """Start it and wait until it answers."""
         Path("/run/sshd").mkdir(exist_ok=True)
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
-        mounted = f"mount --bind {self.folder}/passwd /etc/passwd && exec {SSHD} -D -e -f {self.folder}/sshd_config"
         self.process = subprocess.Popen(
-            [*inside, "unshare", "--mount", "--propagation", "private", "sh", "-c", mounted],
+            [*inside, "unshare", "--mount", "--propagation", "private", "sh", "-c", self.script()],
             stderr=subprocess.DEVNULL,
         )
         for _ in range(100):

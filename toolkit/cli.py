@@ -26,6 +26,7 @@ _VERBS = {
     "report": "toolkit.commands.run",
     "targets": "toolkit.commands.targets",
     "profiles": "toolkit.commands.profiles",
+    "provision": "toolkit.commands.provision",
     "releases": "toolkit.commands.releases",
     "rollback": "toolkit.commands.rollback",
     "trust": "toolkit.commands.trust",

@@ -51,7 +51,8 @@ def examine_host(build: Path, target: Target | None = None) -> list[Check]:
     if target.where == "container":
         return [*checks, *containers.examine(target)]
     version = facts.runtimes().get(target.runtime)
-    return [*checks, _runtime(target, version, "on this machine, which builds the engines")]
+    where = "on this machine, which builds the engines"
+    return [*checks, _runtime(target, version, where, _INSTALL[target.runtime])]
 
 
 def examine_device(device: Device, target: Target) -> tuple[Probe | None, list[Check]]:
@@ -87,10 +88,13 @@ def judge(found: Probe, target: Target, root: str) -> list[Check]:
     if contained:
         checks.append(_container(found, target))
     else:
-        checks.append(_runtime(target, found.runtimes.get(target.runtime), "there"))
+        hint = _remedy(target, _INSTALL[target.runtime])
+        checks.append(_runtime(target, found.runtimes.get(target.runtime), "there", hint))
         if target.runtime == "tensorrt" and not found.tensorrt_python:
             checks.append(_trtexec(found))
-        checks += _python(found)
+        checks.append(python(found))
+        if checks[-1].status == "pass":
+            checks.append(_numpy(found, target))
     checks += [_root(found, root), *_signatures(found, target), *_condition(found), *_occupancy(found)]
     return checks
 
@@ -117,11 +121,18 @@ def _space(name: str, free: int, where: str | Path, limits: tuple[float, float],
     return Check(name, "pass", text)
 
 
-def _runtime(target: Target, version: str | None, where: str) -> Check:
+def _runtime(target: Target, version: str | None, where: str, hint: str) -> Check:
     name = NAMES[target.runtime]
     if version is None:
-        return Check("runtime", "fail", f"{name} is not installed {where}", _INSTALL[target.runtime])
+        return Check("runtime", "fail", f"{name} is not installed {where}", hint)
     return Check("runtime", "pass", f"{name} {version}")
+
+
+def _remedy(target: Target, here: str) -> str:
+    """Return how a target's device gets what it lacks: from here, or as on this machine."""
+    if target.host in (None, "local"):
+        return here
+    return f"toolkit provision {target.name} --host {target.host}"
 
 
 def _trtexec(found: Probe) -> Check:
@@ -175,20 +186,22 @@ def _container(found: Probe, target: Target) -> Check:
     return Check("container", "pass", f"{found.container}, which can give the GPU to a container")
 
 
-def _python(found: Probe) -> Iterator[Check]:
+def python(found: Probe) -> Check:
+    """Return whether the agent can run on a device's Python, NumPy and runtime aside."""
     oldest = "{}.{}".format(*_OLDEST_PYTHON)
+    hint = f"install Python {oldest} or newer there; python in the target file names another than python3"
     if found.python is None:
-        yield Check("python", "fail", "Python does not run there", f"install Python {oldest} or newer")
-        return
+        return Check("python", "fail", "Python does not run there", hint)
     if tuple(int(part) for part in re.findall(r"\d+", found.python)[:2]) < _OLDEST_PYTHON:
-        yield Check("python", "fail", f"Python {found.python} is too old", f"install Python {oldest} or newer")
-        return
-    yield Check("python", "pass", found.python)
-    if found.numpy is None:
-        hint = "sudo apt-get install python3-numpy, or python3 -m pip install numpy"
-        yield Check("numpy", "fail", f"the Python there ({found.python}) has no NumPy", hint)
-    else:
-        yield Check("numpy", "pass", found.numpy)
+        return Check("python", "fail", f"Python {found.python} is too old", hint)
+    return Check("python", "pass", found.python)
+
+
+def _numpy(found: Probe, target: Target) -> Check:
+    if found.numpy is not None:
+        return Check("numpy", "pass", found.numpy)
+    hint = _remedy(target, "sudo apt-get install python3-numpy, or python3 -m pip install numpy")
+    return Check("numpy", "fail", f"the Python there ({found.python}) has no NumPy", hint)
 
 
 def _root(found: Probe, root: str) -> Check:

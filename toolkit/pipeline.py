@@ -104,7 +104,8 @@ def foresee(job: Job, stages: Runner) -> None:
         try:
             look()
         except StageError as problem:
-            stages.console.warn(f"the run will end before '{stage}': {problem.message}")
+            remedy = f"; hint: {problem.hint}" if problem.hint else ""
+            stages.console.warn(f"the run will end before '{stage}': {problem.message}{remedy}")
             return
 
 

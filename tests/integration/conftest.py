@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toolkit-tests"
 DOCKER = "/usr/bin/docker"  # Debian's: it builds with BuildKit and without buildx
 DAEMON = "/usr/sbin/dockerd"
+BASE = ("python3", "python3-pip", "python3-venv", "python3-numpy", "ca-certificates")
 SLIM = "standin/python:3.11-slim"
 SECRET = "a-token-that-no-image-may-hold"
 
@@ -69,14 +71,14 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def debian(architecture: str) -> Path:
-    """Return a tar of a Debian with Python and NumPy; made once and kept in the cache."""
-    tar = CACHE / f"bookworm-{architecture}.tar"
+def debian(architecture: str, packages: Sequence[str] = BASE) -> Path:
+    """Return a tar of a Debian with some packages; made once and kept in the cache."""
+    included = ",".join(packages)
+    tar = CACHE / f"bookworm-{architecture}-{hashlib.sha256(included.encode()).hexdigest()[:8]}.tar"
     if not tar.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            packages = "python3,python3-pip,python3-venv,python3-numpy,ca-certificates"
-            command = ["debootstrap", f"--arch={architecture}", "--variant=minbase", f"--include={packages}"]
+            command = ["debootstrap", f"--arch={architecture}", "--variant=minbase", f"--include={included}"]
             subprocess.run([*command, "bookworm", f"{folder}/root"], check=True, stdout=subprocess.DEVNULL)
             subprocess.run(["tar", "-C", f"{folder}/root", "-cf", f"{folder}/tar", "."], check=True)
             Path(f"{folder}/tar").rename(tar)

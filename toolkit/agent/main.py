@@ -9,7 +9,7 @@ import traceback
 from types import FrameType
 from typing import Any
 
-from . import activation, facts, leases, releases, signatures, upkeep
+from . import activation, environments, facts, leases, releases, signatures, upkeep
 from .protocol import Refusal, emit, receive
 
 
@@ -49,6 +49,7 @@ VERBS = {
     "probe": _probe,
     "releases": upkeep.describe,
     "prune": upkeep.prune,
+    "provision": environments.provision,
     "bench": _bench,
     "signers": signatures.signers,
     "trust": signatures.trust,
@@ -58,7 +59,7 @@ VERBS = {
     "show-lease": leases.show,
 }
 # verbs for whoever holds the device's lease, or for anybody when nobody does
-CHANGES = {"build", "install", "activate", "prune", "bench", "trust"}
+CHANGES = {"build", "install", "activate", "prune", "provision", "bench", "trust"}
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -88,6 +89,10 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # the host shows it as what it is: a bug, with its traceback
+        if isinstance(error, ModuleNotFoundError) and error.name == "numpy":
+            message = "the Python on the device has no NumPy ({})".format(sys.executable)
+            emit("refusal", message=message, hint="toolkit provision TARGET")
+            return 1
         traceback.print_exc()
         emit("failure", message="{}: {}".format(type(error).__name__, error))
         return 1

@@ -37,7 +37,7 @@ class Session:
         except ImportError as error:
             raise Refusal(
                 "ONNX Runtime cannot be imported on the device: {}".format(error),
-                "install onnxruntime and numpy for the device's Python",
+                "toolkit provision TARGET",
             ) from error
         self.settings: dict[str, Any] = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         self.layers = None

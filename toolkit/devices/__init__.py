@@ -18,9 +18,12 @@ class Device(Protocol):
     """
 
     name: str
-    python: str
     root: str
     lease: str | None
+
+    @property
+    def python(self) -> str:
+        """The Python that the agent runs on."""
 
     def facts(self) -> dict[str, Any]:
         """Return what the device is; see the agent's ``facts.collect``."""

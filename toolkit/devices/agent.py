@@ -37,10 +37,12 @@ class Agent:
 
     Args:
         device: Where it runs.
+        python: Python there that it runs on; the device's own by default.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, python: str | None = None) -> None:
         self.device = device
+        self._python = python
 
     @cached_property
     def place(self) -> str:
@@ -95,7 +97,7 @@ class Agent:
                 answers.append(event)
 
         finished = self.device.run(
-            [self.device.python, self.place, verb],
+            [self._python or self.device.python, self.place, verb],
             stdin=json.dumps(request | {"protocol": agent.PROTOCOL, "lease": self.device.lease}),
             on_line=hear,
             timeout=timeout,

@@ -30,6 +30,7 @@ class Probe:
         place: The release root, or the nearest folder above it that is there.
         writable: Whether this user can write to ``place``.
         free_bytes: Free space at ``place``.
+        libc: ``glibc 2.36`` or ``musl 1.2.3``.
         python: Version of the Python that would run the agent.
         numpy: Version of its NumPy.
         gpu_problem: What nvidia-smi said instead of naming a GPU.
@@ -40,6 +41,7 @@ class Probe:
         temperature: The hottest sensor, in °C.
         load: Running processes, averaged over a minute.
         skew: Seconds that its clock is ahead, negative behind; 0 where it may be right.
+        provisioned: What the provisioned environment was made for, as the agent's ``environments`` wrote it down.
         current: The current release.
         guarded: Whether it takes only signed releases.
         holder: Who holds its lease, with since and until by its own clock.
@@ -56,6 +58,7 @@ class Probe:
     place: str
     writable: bool
     free_bytes: int | None
+    libc: str | None
     python: str | None
     numpy: str | None
     runtimes: dict[str, str]
@@ -75,6 +78,7 @@ class Probe:
     temperature: float | None
     load: float | None
     skew: float | None
+    provisioned: dict[str, Any] | None
     current: str | None
     guarded: bool
     holder: str | None
@@ -82,8 +86,12 @@ class Probe:
     lock_holder: int | None
 
 
-def probe(device: Device) -> Probe:
+def probe(device: Device, python: str | None = None) -> Probe:
     """Ask a device what it is.
+
+    Args:
+        device: The device.
+        python: The Python there that is examined; the one that the agent runs on by default.
 
     Raises:
         StageError: It cannot be reached, or has no POSIX shell.
@@ -97,7 +105,7 @@ def probe(device: Device) -> Probe:
             seen.append(time.time())
 
     sent = time.time()
-    argv = ["sh", "-s", device.root, device.python, *_DISTRIBUTIONS]
+    argv = ["sh", "-s", device.root, python or device.python, *_DISTRIBUTIONS]
     finished = device.run(argv, stdin=_SCRIPT.read_text(encoding="utf-8"), on_line=hear, timeout=_TIMEOUT)
     if "end=yes" not in lines:
         said = (finished.stderr.strip().splitlines() or lines or ["it said nothing"])[-1]
@@ -144,6 +152,7 @@ def parse(lines: Sequence[str], sent: float, seen: float) -> Probe:
         place=one.get("place", "/"),
         writable="writable" in one,
         free_bytes=int(free.group(1)) * 1024 if free else None,
+        libc=one.get("libc"),
         python=one.get("python"),
         numpy=packages.get("numpy"),
         runtimes=_runtimes(packages, found.get("debian", ()), one.get("trtexec")),
@@ -163,6 +172,7 @@ def parse(lines: Sequence[str], sent: float, seen: float) -> Probe:
         temperature=max(temperatures, default=None),
         load=float(one["load"]) if "load" in one else None,
         skew=_skew(int(one["time"]), sent, seen) if one.get("time", "").isdigit() else None,
+        provisioned=_document(one.get("environment", "")),
         current=one.get("current"),
         guarded="guarded" in one,
         holder=_holder(one),
@@ -173,10 +183,7 @@ def parse(lines: Sequence[str], sent: float, seen: float) -> Probe:
 
 def _holder(one: Mapping[str, str]) -> str | None:
     """Return who holds the lease that the agent wrote, unless it has expired by the clock that counts."""
-    try:
-        lease = json.loads(one.get("lease", "null"))
-    except ValueError:
-        return None
+    lease = _document(one.get("lease", ""))
     if lease is None or lease["boot"] != one.get("boot") or lease["expires"] <= float(one["uptime"]):
         return None
     return f"{lease['holder']} since {lease['since']}, until {lease['until']} if it is not renewed"
@@ -192,6 +199,13 @@ def _runtimes(packages: Mapping[str, str], debian: Sequence[str], trtexec: str |
     if version is not None or ("tensorrt" not in found and trtexec is not None):
         found["tensorrt"] = version or "of unknown version"
     return found
+
+
+def _document(text: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(text))
+    except ValueError:
+        return None
 
 
 def _gives_gpu(container: str | None, one: Mapping[str, str]) -> bool:

@@ -13,6 +13,7 @@ probe() {
     echo "flags=$(cpuinfo flags)$(cpuinfo Features)"
     echo "cores=$(nproc || grep -c '^processor' /proc/cpuinfo)"
     echo "memory_kb=$(sed -n 's/^MemTotal: *\([0-9]*\).*/\1/p' /proc/meminfo)"
+    echo "libc=$(getconf GNU_LIBC_VERSION || ldd --version 2>&1 | sed -n 's/^Version /musl /p')"
     echo "load=$(cut -d ' ' -f 1 /proc/loadavg)"
     for zone in /sys/class/thermal/thermal_zone*/temp; do
         echo "millidegrees=$(cat "$zone")"
@@ -23,6 +24,7 @@ probe() {
     echo "place=$place"
     [ -d "$place" ] && [ -w "$place" ] && [ -x "$place" ] && echo writable=yes
     echo "df=$(df -Pk -- "$place" | tail -n 1)"
+    echo "environment=$(tr -d '\n' < "$root/environment/environment.json")"
     echo "current=$(basename -- "$(readlink -- "$root/current")")"
     { [ -e "$root/allowed_signers" ] || [ -L "$root/allowed_signers" ]; } && echo guarded=yes
     echo "lease=$(cat "$root/lease")"

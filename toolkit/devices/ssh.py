@@ -38,13 +38,13 @@ class SshDevice:
     Args:
         host: A name of ``~/.ssh/config``, or ``user@host[:port]``.
         root: Folder for releases there; ``~`` is the user's home.
-        python: Python there that the agent runs on.
+        python: Python there that the agent runs on until the device is provisioned.
         accept_new_host_key: Whether a host key that nobody knows is trusted on first use.
     """
 
     def __init__(self, host: str, root: str, python: str, accept_new_host_key: bool = False) -> None:
         self.name = host
-        self.python = python
+        self._python = python
         self.lease: str | None = None
         self._address = Address.resolve(host)
         self._accept_new = accept_new_host_key
@@ -125,6 +125,12 @@ class SshDevice:
         return lines[-1]
 
     # --- programs --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def python(self) -> str:
+        """The Python that the agent runs on: the provisioned environment's, where there is one."""
+        provisioned = f"{self.root}/environment/bin/python"
+        return provisioned if self.exists(provisioned) else self._python
 
     def facts(self) -> dict[str, Any]:
         """Return what the agent there says of it; asked once."""
