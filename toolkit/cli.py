@@ -28,6 +28,7 @@ _VERBS = {
     "profiles": "toolkit.commands.profiles",
     "releases": "toolkit.commands.releases",
     "rollback": "toolkit.commands.rollback",
+    "predict": "toolkit.commands.predict",
     "containers": "toolkit.commands.containers",
     "doctor": "toolkit.commands.doctor",
     "gc": "toolkit.commands.gc",

@@ -19,6 +19,8 @@ from typing import Any
 
 from .protocol import Refusal
 
+FORMAT = 1  # of the manifest
+
 
 def digest(path: str) -> str:
     """Return a file's SHA-256 in hex."""
@@ -186,6 +188,14 @@ def read_manifest(folder: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or identity(manifest) != release:
         raise Refusal("release {} is damaged: manifest.json".format(release), "push it again")
     return dict(manifest)
+
+
+def manifest(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of ``root``'s current release, as ``manifest``; None where no release is current."""
+    current = _linked(request["root"], "current")
+    if current is None:
+        return {"manifest": None}
+    return {"manifest": read_manifest(os.path.join(request["root"], "releases", current))}
 
 
 def require_whole(folder: str) -> None:

@@ -135,6 +135,10 @@ class Session:
         return self._engine.create_execution_context(config)
 
     def close(self) -> None:
-        """Keep the kernels that TensorRT for RTX has compiled, for the next load."""
-        if self._kernels is not None:
-            caches.write(self._kernels_file, bytes(memoryview(self._kernels.serialize())))
+        """Keep the kernels that TensorRT for RTX has compiled, for the next load, and give the memory back."""
+        kernels = None if self._kernels is None else bytes(memoryview(self._kernels.serialize()))
+        self._enqueues.clear()  # contexts before their engine, all of it before its buffers
+        del self._kernels, self._engine, self._host_in, self._host_out
+        self._cuda.close()
+        if kernels is not None:
+            caches.write(self._kernels_file, kernels)
