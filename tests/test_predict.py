@@ -273,7 +273,7 @@ def test_the_three_lines_of_a_program(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("library", ["cuda_python", "pycuda"])
 def test_a_gpus_engine_in_several_threads(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through a reload; PyCUDA's context is of one thread, and a plan takes 8 images at most."""
+    """Through a reload; PyCUDA wants its context in every thread, and a plan takes 8 images at most."""
     play(monkeypatch, library=library)
     import standin_gpu
 

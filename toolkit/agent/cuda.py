@@ -38,6 +38,12 @@ class CudaPython:
         )  # 1: does not wait for the default stream
         self._keep(runtime.cudaStreamDestroy, self.stream)
 
+    def __enter__(self) -> None:
+        """Do nothing: CUDA's runtime makes a context current wherever it is called."""
+
+    def __exit__(self, *problem: object) -> None:
+        """Do nothing."""
+
     def _call(self, result: tuple[Any, ...]) -> Any:
         error, *values = result
         if int(error) != 0:
@@ -112,10 +118,17 @@ class PyCuda:
         self._driver = driver
         self._call(driver.init)
         self._context = self._call(driver.Device, 0).retain_primary_context()
-        self._context.push()
-        self._stream = self._call(driver.Stream)
-        self.stream = int(self._stream.handle)
         self._allocations: list[Any] = []
+        with self:
+            self._stream = self._call(driver.Stream)
+        self.stream = int(self._stream.handle)
+
+    def __enter__(self) -> None:
+        """Make the context current in this thread, which every other method needs."""
+        self._context.push()
+
+    def __exit__(self, *problem: object) -> None:
+        self._context.pop()
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -151,10 +164,9 @@ class PyCuda:
         return None
 
     def close(self) -> None:
-        """Give back memory, stream and context; nothing of them may be in use."""
+        """Give back memory and stream; nothing of them may be in use."""
         self._allocations.clear()
         del self._stream
-        self._context.pop()
 
 
 def start() -> CudaPython | PyCuda:

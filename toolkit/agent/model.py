@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import List, NamedTuple
 
 import numpy as np
@@ -59,7 +58,7 @@ class Model:
 
     Another release that becomes current is taken up within seconds: it is loaded beside the one at work, tried on
     one image, and takes over between two calls, so that no call waits for it or fails. One that does not run is
-    logged, and the one at work goes on. Calls may come from several threads; they are answered one by one.
+    logged, and the one at work goes on. Calls may come from several threads.
 
     Args:
         current: ``ROOT/current``, or the folder of a release.
@@ -159,11 +158,7 @@ class Model:
 
 
 class _Engine:
-    """A release's engine in a thread of its own.
-
-    That thread loads, runs and closes it: CUDA's context belongs to a thread, and TensorRT's takes one call at a
-    time.
-    """
+    """A release's engine, and how many are at work with it."""
 
     def __init__(self, folder: str) -> None:
         manifest = releases.read_manifest(folder)
@@ -179,21 +174,12 @@ class _Engine:
         self.classes: list[str] = manifest["model"]["classes"]
         self.input_shape: tuple[int, ...] = tuple(manifest["model"]["input"][1:])
         self.users = 0
-        self._thread = ThreadPoolExecutor(1, "toolkit-{}".format(self.release))
-        try:
-            self._thread.submit(self._load, folder).result()
-        except BaseException:
-            self._thread.shutdown(wait=False)
-            raise
-
-    def _load(self, folder: str) -> None:
         self._session = engine.load(folder, os.path.dirname(os.path.dirname(folder)))
         try:
-            logits = self._session.run(np.zeros((1, *self.input_shape), np.uint8))
-            if not np.isfinite(logits).all():
+            if not np.isfinite(self.run(np.zeros((1, *self.input_shape), np.uint8))).all():
                 raise Refusal("the engine computes values that are not numbers", "build it again (--rerun build)")
         except BaseException:
-            self._session.close()
+            self.close()
             raise
 
     def run(self, batch: np.ndarray) -> np.ndarray:
@@ -203,14 +189,11 @@ class _Engine:
                     self.release, ", ".join(str(length) for length in self.input_shape), batch.dtype, batch.shape
                 )
             )
-        return self._thread.submit(self._run, batch).result()
-
-    def _run(self, batch: np.ndarray) -> np.ndarray:
         most = self._session.max_batch
         parts = [self._session.run(np.ascontiguousarray(batch[i : i + most])) for i in range(0, len(batch), most)]
         logits: np.ndarray = np.concatenate(parts).astype(np.float32, copy=False)
         return logits
 
     def close(self) -> None:
-        self._thread.submit(self._session.close)
-        self._thread.shutdown(wait=False)
+        with contextlib.suppress(OSError):  # of the caches, which this program's user may be unable to write
+            self._session.close()
