@@ -271,6 +271,30 @@ def test_the_three_lines_of_a_program(root: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout) == [names, current, [3, 32, 32], "float32", [70, 10]]
 
 
+def test_a_reload_needs_nothing_of_the_archive_that_the_program_began_with(root: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "agent.pyz"
+    archive.write_bytes((root / "current" / "agent.pyz").read_bytes())
+    second = another(root, 2)
+    delivery.push(second, Agent(LocalDevice(root)))
+    program = (
+        "import os, sys, time\nroot, archive, second = sys.argv[1:]\nsys.path.insert(0, archive)\n"
+        "from toolkit_agent import load, model\nmodel._LOOK_SECONDS = 0.02\n"
+        'opened = load(root + "/current")\n'
+        'open(archive, "wb").write(b"another release")\n'
+        'os.symlink("releases/" + second, root + "/.new")\nos.replace(root + "/.new", root + "/current")\n'
+        "while opened.release != second: time.sleep(0.02)\n"
+        "opened.close()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(root), str(archive), second.id],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("library", ["cuda_python", "pycuda"])
 def test_a_gpus_engine_in_several_threads(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a reload; PyCUDA wants its context in every thread, and a plan takes 8 images at most."""
