@@ -20,14 +20,14 @@ from toolkit.agent.releases import identity
 from toolkit.bench.agreement import PROBED, require_alike
 from toolkit.delivery import release as delivery
 from toolkit.delivery.release import Release
-from toolkit.devices.agent import Agent, pack
+from toolkit.devices.agent import PACKAGE, Agent, pack
 from toolkit.devices.local import LocalDevice
 from toolkit.errors import StageError
 from toolkit.store import Store
 
 
 def test_it_imports_nothing_but_the_standard_library_numpy_and_the_runtime() -> None:
-    allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime", "cuda", "pycuda"}
+    allowed = set(sys.stdlib_module_names) | {"numpy", "onnxruntime", "cuda", "pycuda", "PIL"}
     for path in Path(agent_package.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(), feature_version=(3, 8))):
             if isinstance(node, ast.Import):
@@ -43,7 +43,7 @@ def test_every_module_is_imported_by_the_oldest_python(tmp_path: Path) -> None:
     (tmp_path / "agent.pyz").write_bytes(pack())
     (tmp_path / "numpy.py").touch()  # annotations name it, and nothing of it is used on import
     names = sorted(path.stem for path in Path(agent_package.__file__).parent.glob("[!_]*.py"))
-    program = f"import sys; sys.path[:0] = ['agent.pyz', '.']; from agent import {', '.join(names)}"
+    program = f"import sys; sys.path[:0] = ['agent.pyz', '.']; from {PACKAGE} import {', '.join(names)}"
     result = subprocess.run([oldest, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -175,13 +175,14 @@ def test_no_memory_for_a_context_is_said(load: Load, monkeypatch: pytest.MonkeyP
 def test_what_cuda_refuses_is_said(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, library=library)
     working = cuda.start()
-    with pytest.raises(Refusal, match=r"the GPU has not enough memory: .*[mM]emory") as error:
+    with working, pytest.raises(Refusal, match=r"the GPU has not enough memory: .*[mM]emory") as error:
         working.allocate(1 << 40)
     assert "stop what else runs" in str(error.value.hint)
-    small = working.allocate(16)
-    with pytest.raises(Refusal, match=r"CUDA does not work here: .*[iI]nvalid"):
+    with working:
+        small = working.allocate(16)
+    with working, pytest.raises(Refusal, match=r"CUDA does not work here: .*[iI]nvalid"):
         working.to_gpu(small, working.pinned(17))
-    with pytest.raises(Refusal, match=r"CUDA does not work here: .*[iI]nvalid"):
+    with working, pytest.raises(Refusal, match=r"CUDA does not work here: .*[iI]nvalid"):
         working.to_host(working.pinned(16), small + 1)
 
 

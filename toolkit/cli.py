@@ -30,6 +30,7 @@ _VERBS = {
     "releases": "toolkit.commands.releases",
     "rollback": "toolkit.commands.rollback",
     "trust": "toolkit.commands.trust",
+    "predict": "toolkit.commands.predict",
     "containers": "toolkit.commands.containers",
     "doctor": "toolkit.commands.doctor",
     "gc": "toolkit.commands.gc",

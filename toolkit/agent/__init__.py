@@ -4,4 +4,18 @@ It reads one JSON document from standard input and writes JSON lines to standard
 and imports nothing else of this project.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .model import Model
+
 PROTOCOL = 1
+
+
+def load(current: str, reload: bool = True) -> Model:
+    """Load a device's current release into a program that runs there; see :class:`Model`."""
+    from .model import Model  # NumPy with it
+
+    return Model(current, reload)

@@ -31,10 +31,18 @@ class CudaPython:
         except ImportError:
             from cuda import cudart as runtime
         self._cuda = runtime
+        self._release: list[Callable[[], Any]] = []
         self._call(runtime.cudaSetDevice(0))
         self.stream = int(
             self._call(runtime.cudaStreamCreateWithFlags(1))
         )  # 1: does not wait for the default stream
+        self._keep(runtime.cudaStreamDestroy, self.stream)
+
+    def __enter__(self) -> None:
+        """Do nothing: CUDA's runtime makes a context current wherever it is called."""
+
+    def __exit__(self, *problem: object) -> None:
+        """Do nothing."""
 
     def _call(self, result: tuple[Any, ...]) -> Any:
         error, *values = result
@@ -42,13 +50,19 @@ class CudaPython:
             raise _refusal(getattr(error, "name", str(error)))
         return values[0] if values else None
 
+    def _keep(self, release: Callable[[Any], Any], what: Any) -> None:
+        self._release.append(lambda: release(what))
+
     def allocate(self, size: int) -> int:
         """Return the address of ``size`` bytes on the GPU."""
-        return int(self._call(self._cuda.cudaMalloc(size)))
+        address = int(self._call(self._cuda.cudaMalloc(size)))
+        self._keep(self._cuda.cudaFree, address)
+        return address
 
     def pinned(self, size: int) -> np.ndarray:
         """Return ``size`` bytes (uint8) of page-locked host memory, which copies at full speed."""
         address = int(self._call(self._cuda.cudaHostAlloc(size, 0)))
+        self._keep(self._cuda.cudaFreeHost, address)
         memory: np.ndarray = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
         return memory
 
@@ -78,12 +92,19 @@ class CudaPython:
                 enqueue()
             finally:
                 graph = self._call(cuda.cudaStreamEndCapture(self.stream))
+            self._keep(cuda.cudaGraphDestroy, graph)
             executable = self._call(cuda.cudaGraphInstantiate(graph, 0))
+            self._keep(cuda.cudaGraphExecDestroy, executable)
         except (Refusal, TypeError):  # CUDA 11's bindings want other arguments
             cuda.cudaGetLastError()
             return None
         launch, stream, call = cuda.cudaGraphLaunch, self.stream, self._call
         return lambda: call(launch(executable, stream))
+
+    def close(self) -> None:
+        """Give back memory, graphs and stream; nothing of them may be in use."""
+        while self._release:
+            self._release.pop()()
 
 
 class PyCuda:
@@ -97,10 +118,17 @@ class PyCuda:
         self._driver = driver
         self._call(driver.init)
         self._context = self._call(driver.Device, 0).retain_primary_context()
-        self._context.push()
-        self._stream = self._call(driver.Stream)
-        self.stream = int(self._stream.handle)
         self._allocations: list[Any] = []
+        with self:
+            self._stream = self._call(driver.Stream)
+        self.stream = int(self._stream.handle)
+
+    def __enter__(self) -> None:
+        """Make the context current in this thread, which every other method needs."""
+        self._context.push()
+
+    def __exit__(self, *problem: object) -> None:
+        self._context.pop()
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -134,6 +162,11 @@ class PyCuda:
         """Return None: PyCUDA cannot replay a CUDA graph."""
         del enqueue
         return None
+
+    def close(self) -> None:
+        """Give back memory and stream; nothing of them may be in use."""
+        self._allocations.clear()
+        del self._stream
 
 
 def start() -> CudaPython | PyCuda:

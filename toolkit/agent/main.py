@@ -39,6 +39,12 @@ def _probe(request: dict[str, Any]) -> dict[str, Any]:
     return health.probe(request)
 
 
+def _predict(request: dict[str, Any]) -> dict[str, Any]:
+    from . import predict
+
+    return predict.compute(request)
+
+
 VERBS = {
     "facts": facts.collect,
     "build": _build,
@@ -57,6 +63,8 @@ VERBS = {
     "renew-lease": leases.renew,
     "return-lease": leases.give_back,
     "show-lease": leases.show,
+    "manifest": releases.manifest,
+    "predict": _predict,
 }
 # verbs for whoever holds the device's lease, or for anybody when nobody does
 CHANGES = {"build", "install", "activate", "prune", "provision", "bench", "trust"}
@@ -67,8 +75,29 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _command(arguments: list[str]) -> int:
+    """Run ``agent.pyz predict IMAGE...`` for a person; 2 after what is no image."""
+    try:
+        from . import predict
+
+        return predict.command(arguments)
+    except Refusal as refusal:
+        problem = refusal
+    except ImportError as error:
+        problem = Refusal("this Python lacks what a release needs: {}".format(error), "toolkit provision TARGET")
+    except KeyboardInterrupt:
+        return 130
+    print("error: {}\nhint: {}".format(problem, problem.hint or "give image files"), file=sys.stderr)
+    return 2 if isinstance(problem, ValueError) else 1
+
+
 def main(arguments: list[str]) -> int:
-    """Run ``agent.pyz VERB`` with a request on standard input; 0 after a result, 1 after a refusal."""
+    """Run ``agent.pyz VERB`` with a request on standard input; 0 after a result, 1 after a refusal.
+
+    ``agent.pyz predict IMAGE...`` takes its request from the command line.
+    """
+    if arguments[:1] == ["predict"] and len(arguments) > 1:
+        return _command(arguments[1:])
     if len(arguments) != 1 or arguments[0] not in VERBS:
         print("usage: agent.pyz {}".format("|".join(VERBS)), file=sys.stderr)
         return 2

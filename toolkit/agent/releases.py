@@ -20,6 +20,8 @@ from typing import Any
 from . import signatures
 from .protocol import Refusal
 
+FORMAT = 1  # of the manifest
+
 
 def digest(path: str) -> str:
     """Return a file's SHA-256 in hex."""
@@ -225,6 +227,14 @@ def require_signed(folder: str) -> dict[str, Any]:
     signature = os.path.join(folder, signatures.SIGNATURE)
     signatures.require(root, os.path.basename(folder), canonical(manifest), signature)
     return manifest
+
+
+def manifest(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of ``root``'s current release, as ``manifest``; None where no release is current."""
+    current = _linked(request["root"], "current")
+    if current is None:
+        return {"manifest": None}
+    return {"manifest": read_manifest(os.path.join(request["root"], "releases", current))}
 
 
 def require_whole(folder: str) -> None:

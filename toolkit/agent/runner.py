@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,16 @@ class Session:
         self.provider = engine["provider"]
         self._log = trt.Log.of(tensorrt)
         self._cuda = cuda.start()
+        self._turn = threading.Lock()  # the buffers are one for all calls
+        with self._cuda:
+            self._open(tensorrt, path, engine)
+        self._kernels: Any = None
+        self._kernels_file = os.path.join(root, "caches", engine["sha256"][:16] + ".runtime.cache")
+        self._enqueues: dict[int, Callable[[], Any]] = {}
+        self.settings: dict[str, Any] = {"cuda": self._cuda.name, "cuda_graph": None, "data_transfers": True}
+
+    def _open(self, tensorrt: Any, path: str, engine: dict[str, Any]) -> None:
+        """Load the plan, see that its layers are what was asked for, and make room for its input and output."""
         with open(path, "rb") as file:
             plan = file.read()
         runtime = tensorrt.Runtime(self._log.logger)
@@ -50,11 +61,7 @@ class Session:
                 raise self._failure(str(reason)) from reason
             self.layers = layers.check(engine["expected"], information)
         self._compiles = engine["runtime"] == "tensorrt-rtx"
-        self._kernels: Any = None
-        self._kernels_file = os.path.join(root, "caches", engine["sha256"][:16] + ".runtime.cache")
         self._bind(tensorrt, engine)
-        self._enqueues: dict[int, Callable[[], Any]] = {}
-        self.settings: dict[str, Any] = {"cuda": self._cuda.name, "cuda_graph": None, "data_transfers": True}
 
     def _failure(self, what: str) -> Exception:
         try:
@@ -83,7 +90,14 @@ class Session:
         self._gpu_out = self._cuda.allocate(self._host_out.nbytes)
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Return logits ``(B, ...)`` of uint8 images ``(B, C, H, W)``, copies to and from the GPU included."""
+        """Return logits ``(B, ...)`` of uint8 images ``(B, C, H, W)``, copies to and from the GPU included.
+
+        Any thread may call it; calls wait for each other.
+        """
+        with self._turn, self._cuda:
+            return self._run(images)
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
         batch = len(images)
         self._host_in[: batch * self._image_bytes] = images.reshape(-1)
         if batch not in self._enqueues:
@@ -135,6 +149,11 @@ class Session:
         return self._engine.create_execution_context(config)
 
     def close(self) -> None:
-        """Keep the kernels that TensorRT for RTX has compiled, for the next load."""
-        if self._kernels is not None:
-            caches.write(self._kernels_file, bytes(memoryview(self._kernels.serialize())))
+        """Keep the kernels that TensorRT for RTX has compiled, for the next load, and give the memory back."""
+        with self._cuda:
+            kernels = None if self._kernels is None else bytes(memoryview(self._kernels.serialize()))
+            self._enqueues.clear()  # contexts before their engine, all of it before its buffers
+            del self._kernels, self._engine, self._host_in, self._host_out
+            self._cuda.close()
+        if kernels is not None:
+            caches.write(self._kernels_file, kernels)

@@ -6,7 +6,7 @@ import concurrent.futures
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from toolkit.agent.images import BadImage
+from toolkit.agent.images import read as read_image
 from toolkit.config import Data
 from toolkit.errors import StageError, UsageError
 from toolkit.store import Artifact, Work, sha256_file, write_json
@@ -348,7 +350,7 @@ def _read_image_folder(work: Work, data: Data, size: int) -> tuple[list[str], Pa
             kept: list[int] = []
             for chunk in range(0, len(paths), 1024):
                 some = paths[chunk : chunk + 1024]
-                for offset, result in enumerate(pool.map(_decoder(size), some)):
+                for offset, result in enumerate(pool.map(lambda path: _decode(path, size), some)):
                     if isinstance(result, str):
                         _refuse_or_count(result, data, skipped)
                         continue
@@ -371,20 +373,11 @@ def _refuse_or_count(problem: str, data: Data, skipped: list[str]) -> None:
     skipped.append(problem)
 
 
-def _decoder(size: int) -> Callable[[Path], Images | str]:
-    """Return a function that decodes one file, or says what is wrong with it."""
-    from PIL import Image, UnidentifiedImageError
-
-    def decode(path: Path) -> Images | str:
-        if path.suffix.lower() not in _SUFFIXES:
-            return f"{path} is not an image file"
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            return f"the image {path} is corrupt: {error}"
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(image).transpose(2, 0, 1)
-
-    return decode
+def _decode(path: Path, size: int) -> Images | str:
+    """Decode one file, or say what is wrong with it."""
+    if path.suffix.lower() not in _SUFFIXES:
+        return f"{path} is not an image file"
+    try:
+        return read_image(str(path), size)
+    except BadImage as problem:
+        return problem.message

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toolkit import __version__, units
-from toolkit.agent.releases import identity
+from toolkit.agent.releases import FORMAT, identity
 from toolkit.config import Target
 from toolkit.delivery import signing
 from toolkit.devices.agent import Agent, pack
@@ -88,7 +88,7 @@ def compose(engine: Artifact, data: Artifact, *, about: dict[str, Any], fast: bo
     for name, packed in content.items():
         files[name] = {"sha256": hashlib.sha256(packed).hexdigest(), "bytes": len(packed)}
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "toolkit": __version__,
         "files": dict(sorted(files.items())),
         "engine": {key: value for key, value in engine.meta.items() if key != "bytes"},

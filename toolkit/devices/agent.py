@@ -19,13 +19,15 @@ from toolkit.store import Progress
 
 log = logging.getLogger(__name__)
 
-_MAIN = "import sys\n\nfrom agent.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
+PACKAGE = "toolkit_agent"  # what programs on the device import
+_MAIN = f"import sys\n\nfrom {PACKAGE}.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
 
 
 def pack() -> bytes:
     """Return the agent as a zipapp; equal sources give equal bytes."""
     buffer = io.BytesIO()
-    sources = {f"agent/{path.name}": path.read_bytes() for path in sorted(Path(agent.__file__).parent.glob("*.py"))}
+    files = sorted(Path(agent.__file__).parent.glob("*.py"))
+    sources = {f"{PACKAGE}/{path.name}": path.read_bytes() for path in files}
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in {"__main__.py": _MAIN.encode(), **sources}.items():
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 
 import numpy as np
 import standin_gpu as gpu
@@ -20,7 +21,8 @@ class MemoryError(Error):
     pass
 
 
-_state = {"initialized": False, "contexts": 0}
+_state = {"initialized": False}
+_thread = threading.local()
 
 
 def init() -> None:
@@ -29,7 +31,12 @@ def init() -> None:
 
 class Context:
     def push(self) -> None:
-        _state["contexts"] += 1
+        _thread.contexts = getattr(_thread, "contexts", 0) + 1
+
+    @staticmethod
+    def pop() -> None:
+        _require_context("cuCtxPopCurrent")
+        _thread.contexts -= 1
 
 
 class Device:
@@ -44,7 +51,7 @@ class Device:
 
 
 def _require_context(call: str) -> None:
-    if not _state["contexts"]:
+    if not getattr(_thread, "contexts", 0):
         raise LogicError(f"{call} failed: invalid device context")
 
 
@@ -83,12 +90,14 @@ def pagelocked_empty(shape: int, dtype: type, order: str = "C", mem_flags: int =
 
 
 def memcpy_htod_async(dest: int, src: np.ndarray, stream: Stream) -> None:
+    _require_context("cuMemcpyHtoDAsync")
     if not gpu.holds(dest, src.nbytes):
         raise LogicError("cuMemcpyHtoDAsync failed: invalid argument")
     gpu.streams[stream.handle].enqueue(lambda: ctypes.memmove(dest, src.ctypes.data, src.nbytes))
 
 
 def memcpy_dtoh_async(dest: np.ndarray, src: int, stream: Stream) -> None:
+    _require_context("cuMemcpyDtoHAsync")
     if not gpu.holds(src, dest.nbytes):
         raise LogicError("cuMemcpyDtoHAsync failed: invalid argument")
     gpu.streams[stream.handle].enqueue(lambda: ctypes.memmove(dest.ctypes.data, src, dest.nbytes))

@@ -34,7 +34,7 @@ class cudaStreamCaptureMode(IntEnum):
 
 _OK, _INVALID = cudaError_t.cudaSuccess, cudaError_t.cudaErrorInvalidValue
 _UNSUPPORTED = cudaError_t.cudaErrorStreamCaptureUnsupported
-_pinned: list[Any] = []
+_pinned: dict[int, Any] = {}
 
 
 def cudaSetDevice(device: int) -> tuple[cudaError_t]:
@@ -55,8 +55,19 @@ def cudaMalloc(size: int) -> tuple[cudaError_t, int | None]:
 def cudaHostAlloc(size: int, flags: int) -> tuple[cudaError_t, int | None]:
     if gpu.break_captures():
         return _UNSUPPORTED, None
-    _pinned.append(ctypes.create_string_buffer(size))
-    return _OK, ctypes.addressof(_pinned[-1])
+    buffer = ctypes.create_string_buffer(size)
+    _pinned[ctypes.addressof(buffer)] = buffer
+    return _OK, ctypes.addressof(buffer)
+
+
+def cudaFree(address: int) -> tuple[cudaError_t]:
+    gpu.free(address)
+    return (_OK,)
+
+
+def cudaFreeHost(address: int) -> tuple[cudaError_t]:
+    del _pinned[address]
+    return (_OK,)
 
 
 def cudaMemcpyAsync(dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: int) -> tuple[cudaError_t]:
@@ -72,6 +83,11 @@ def cudaMemcpyAsync(dst: int, src: int, count: int, kind: cudaMemcpyKind, stream
 
 def cudaStreamCreateWithFlags(flags: int) -> tuple[cudaError_t, int]:
     return _OK, gpu.Stream().handle
+
+
+def cudaStreamDestroy(stream: int) -> tuple[cudaError_t]:
+    del gpu.streams[stream]
+    return (_OK,)
 
 
 def cudaStreamSynchronize(stream: int) -> tuple[cudaError_t]:
@@ -100,6 +116,15 @@ def cudaStreamEndCapture(stream: int) -> tuple[cudaError_t, list[gpu.Work] | Non
 
 def cudaGraphInstantiate(graph: list[gpu.Work], flags: int) -> tuple[cudaError_t, tuple[gpu.Work, ...] | None]:
     return (_INVALID, None) if graph is None else (_OK, tuple(graph))
+
+
+def cudaGraphDestroy(graph: list[gpu.Work]) -> tuple[cudaError_t]:
+    graph.clear()
+    return (_OK,)
+
+
+def cudaGraphExecDestroy(graph_exec: tuple[gpu.Work, ...]) -> tuple[cudaError_t]:
+    return (_OK,)
 
 
 def cudaGraphLaunch(graph_exec: tuple[gpu.Work, ...], stream: int) -> tuple[cudaError_t]:
