@@ -199,6 +199,9 @@ class Target(Strict):
     accept_new_host_key: bool = False
     image: str | None = None
     threads: int = Field(default=1, ge=1)
+    power_mode: str | Annotated[int, Field(ge=0)] | None = None
+    clocks: Literal["locked"] | None = None
+    sudo: bool = False
     build: Build = Build()
 
     @model_validator(mode="after")
@@ -228,6 +231,11 @@ class Target(Strict):
     def where(self) -> Where:
         """Where its engine is built: as the file says, or the natural place of its runtime."""
         return self.build.where or PLACES[self.runtime][0]
+
+    def tuning(self) -> dict[str, Any]:
+        """Return what the agent sets while it measures."""
+        mode = None if self.power_mode is None else str(self.power_mode)
+        return {"power_mode": mode, "clocks": self.clocks, "sudo": self.sudo}
 
     def using(self, runtime: RuntimeName) -> Target:
         """Return the target with another runtime, whose engine is built where that runtime's naturally is."""

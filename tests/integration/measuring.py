@@ -62,5 +62,11 @@ def measure(device: Device, folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = {"files": files}
     release = Release(manifest | {"id": identity(manifest)}, sources, {})
     delivery.push(release, agent)
-    settings = {"warmup_ms": 10, "duration_ms": 50, "queries": 20, "batches": [1, 4]}
+    settings = {
+        "warmup_ms": 10,
+        "duration_ms": 50,
+        "queries": 20,
+        "batches": [1, 4],
+        "tuning": {"power_mode": None, "clocks": None, "sudo": False},
+    }
     return delivery.bench(release, agent, settings, folder, lambda done, total, text: None)
