@@ -91,7 +91,7 @@ class Knob(Protocol):
 
     @property
     def wanted(self) -> str:
-        """What ``show`` is to say once it is set."""
+        """What ``show`` is to say once it is set; empty where it is only kept, since another knob moves it."""
 
     def read(self) -> Any:
         """Return what it is set to, as JSON, or None where the device does not tell."""
@@ -172,14 +172,19 @@ class PowerMode:
 
 
 class JetsonClocks:
-    """A Jetson's CPU, GPU and memory clocks, by jetson_clocks: at the maximum of the power mode."""
+    """A Jetson's CPU, GPU and memory clocks, by jetson_clocks: at the maximum of the power mode.
+
+    Args:
+        root: Runs it.
+        wanted: ``locked``, or empty.
+    """
 
     name = "clocks"
     lasting = False
-    wanted = "locked"
     _FILE = "tuning.clocks"  # without a folder: jetson_clocks takes none with a space in it
 
-    def __init__(self, root: Root) -> None:
+    def __init__(self, root: Root, wanted: str = "locked") -> None:
+        self.wanted = wanted
         self._root = root
         self._program = _program("jetson_clocks")
         root.rights += [
@@ -408,6 +413,8 @@ def chosen(root: Root, power_mode: str | None, clocks: str | None) -> list[Knob]
                 "the device has no power modes: nvpmodel is not there", "leave out power_mode in the target file"
             )
         knobs.append(PowerMode(root, power_mode))
+        if clocks is None and _find("jetson_clocks") is not None:  # a power mode brings clocks of its own
+            knobs.append(JetsonClocks(root, ""))
     if clocks is not None:
         knobs += _clocks(root)
     return knobs

@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from . import releases
@@ -43,26 +43,24 @@ def applied(root: str, request: dict[str, Any]) -> Iterator[dict[str, dict[str, 
     """
     tools = Root(root, request["sudo"])
     knobs = chosen(tools, request["power_mode"], request["clocks"])
-    wanted = {knob.name: knob.wanted for knob in knobs}
-    found = {knob.name: knob.read() for knob in knobs}
-    shown = {knob.name: knob.show(found[knob.name]) for knob in knobs}
-    different = [knob for knob in knobs if shown[knob.name] != wanted[knob.name]]
-    with contextlib.ExitStack() as stack:
-        if different:
-            _reset([(knob, found[knob.name]) for knob in different])  # without a way back nothing is changed
-            stack.enter_context(
-                _guarded(root, request["sudo"], {knob.name: found[knob.name] for knob in different})
-            )
-        for knob in different:
+    asked = [knob for knob in knobs if knob.wanted]
+    wanted = {knob.name: knob.wanted for knob in asked}
+    if all(knob.show(knob.read()) == knob.wanted for knob in asked):
+        yield {"set": wanted, "found": wanted}
+        return
+    found = [(knob, knob.read()) for knob in knobs]
+    _reset(found)  # without a way back nothing is changed
+    with _guarded(root, request["sudo"], {knob.name: state for knob, state in found}):
+        for knob in asked:
             knob.write()
-        for knob in knobs:
+        for knob in asked:
             got = knob.show(knob.read())
-            if got != wanted[knob.name]:
+            if got != knob.wanted:
                 raise Refusal(
-                    "the {} should be {} and stays {}".format(knob.name, wanted[knob.name], got),
+                    "{} should be {} and stays {}".format(knob.name, knob.wanted, got),
                     "look for what else sets it on the device, or leave it out in the target file",
                 )
-        yield {"set": wanted, "found": shown}
+        yield {"set": wanted, "found": {knob.name: knob.show(state) for knob, state in found if knob.wanted}}
 
 
 @contextlib.contextmanager
@@ -129,7 +127,7 @@ def _set_back(root: str, journal: TextIO) -> None:
     entry = json.load(journal)
     tools = Root(root, entry["sudo"])
     try:
-        knobs = [(KNOBS[name](tools), found) for name, found in reversed(list(entry["found"].items()))]
+        knobs = [(KNOBS[name](tools), found) for name, found in entry["found"].items()]
         # clocks of before a reboot are gone by themselves
         knobs = [(knob, found) for knob, found in knobs if knob.lasting or entry["boot"] == _boot()]
         _reset(knobs)
@@ -144,26 +142,32 @@ def _set_back(root: str, journal: TextIO) -> None:
 
 
 def _reset(knobs: list[tuple[Knob, Any]]) -> None:
-    """Set knobs back; one that refuses does not keep the others from it."""
-    problem: Refusal | None = None
-    for _ in range(2):  # a second time, since clocks can go back only as far as the power mode has
-        problem = None
-        for knob, found in knobs:
-            try:
-                knob.reset(found)
-            except Refusal as refusal:
-                problem = refusal
-        for knob, found in knobs:
-            state = knob.read()
-            if state != found and problem is None:
-                problem = Refusal(
-                    "the {} was {} and stays {}".format(knob.name, knob.show(found), knob.show(state)),
-                    "look for what else sets it",
-                )
-        if problem is None:
+    """Set knobs back, the last one first; one that refuses does not keep the others from it."""
+    problems: list[Refusal] = []
+    for order in (knobs[::-1], knobs):  # once more the other way round: a power mode brings clocks of its own
+        attempts = [_refusal(knob.reset, found) for knob, found in order]
+        attempts += [_refusal(_require, knob, found) for knob, found in order]
+        problems = [problem for problem in attempts if problem is not None]
+        if not problems:
             return
-    if problem is not None:
-        raise problem
+    raise problems[0]
+
+
+def _refusal(action: Callable[..., None], *arguments: Any) -> Refusal | None:
+    try:
+        action(*arguments)
+    except Refusal as refusal:
+        return refusal
+    return None
+
+
+def _require(knob: Knob, found: Any) -> None:
+    state = knob.read()
+    if state != found:
+        raise Refusal(
+            "{} was {} and stays {}".format(knob.name, knob.show(found), knob.show(state)),
+            "look for what else sets it on the device",
+        )
 
 
 def _boot() -> str:
