@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from tests.conftest import run_toolkit
 from tests.integration import measuring
 from tests.sshd import Server, needs_sshd
+from tests.test_adopt import network
+from tests.test_run import SCHEMA
 from toolkit import devices
 from toolkit.agent import PROTOCOL, knobs, tuning
 from toolkit.agent.protocol import Refusal
@@ -523,35 +525,28 @@ def test_a_connection_that_dies(
 # --- the run ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_says_what_was_set_and_measures_anew_when_that_changes(
-    jetson: Machine, finished: tuple[Path, dict[str, Any]], finished_copy: Path
-) -> None:
-    target = finished_copy / "targets" / "tiny.yaml"
+def test_a_run_says_what_was_set_and_measures_anew_when_that_changes(jetson: Machine, job: Path) -> None:
+    network(job / "net.onnx")
+    target = job / "targets" / "tiny.yaml"
     plain = target.read_text()
-    keys = {}
-    for wanted, said in (
-        ("power_mode: MAXN\nclocks: locked\n", ", power mode MAXN, clocks locked"),
-        ("power_mode: 1\n", ", power mode MODE_15W"),
+    arguments = ("--model", "onnx:net.onnx", "--data", "none", "--mean", "0.5", "--std", "0.25", "--json")
+    runs = []
+    for keys, said in (
+        ("", ""),
+        ("power_mode: MAXN\nclocks: locked\nsudo: true\n", ", clocks locked, power mode MAXN\n"),
+        ("power_mode: 1\nsudo: true\n", ", power mode MODE_15W\n"),
     ):
-        target.write_text(f"{plain}{wanted}sudo: true\n")
-        result = run_toolkit(finished_copy, "run", "tiny", "--json", "--precision", "int8")
-        assert result.returncode == 0, result.stderr
+        target.write_text(plain + keys)
+        result = run_toolkit(job, "run", "tiny", *arguments)
+        assert result.returncode == 1, result.stderr
         assert said in result.stderr
-        run = json.loads(result.stdout)
-        assert run["bench"]["tuning"]["found"]["power mode"] == "MODE_30W"
-        assert run["artifacts"]["build"] == finished[1]["artifacts"]["build"]
-        page = Path(finished_copy, run["report"]).read_text()
-        assert "found as MODE_30W" in page
-        keys[wanted] = run["artifacts"]["bench"]
-    assert len({*keys.values(), finished[1]["artifacts"]["bench"]}) == 3
-    shutil.rmtree(finished_copy / "build" / "runs")
-
-
-def test_a_target_that_asks_for_what_there_is_not(finished_copy: Path, tmp_path: Path) -> None:
-    target = finished_copy / "targets" / "tiny.yaml"
-    target.write_text(f"{target.read_text()}power_mode: [MAXN]\n")
-    assert run_toolkit(finished_copy, "targets", "validate", str(target)).returncode == 2
-    target.write_text(target.read_text().replace("power_mode: [MAXN]", "clocks: high"))
-    result = run_toolkit(finished_copy, "targets", "validate", str(target))
-    assert result.returncode == 2
-    assert "clocks" in result.stderr
+        runs.append(json.loads(result.stdout))
+        jsonschema.validate(runs[-1], SCHEMA)
+    assert [run["bench"]["tuning"]["found"] for run in runs] == [
+        {},
+        {"power mode": "MODE_30W", "clocks": "floating"},
+        {"power mode": "MODE_30W"},
+    ]
+    assert "found as MODE_30W, and left so" in (job / runs[-1]["report"]).read_text()
+    assert len({run["artifacts"]["bench"] for run in runs}) == 3
+    assert len({run["artifacts"]["build"] for run in runs}) == 1

@@ -184,6 +184,11 @@ class Build(Strict):
     compute_capabilities: list[Capability] = Field(default=[])
 
 
+def _mode(value: object) -> object:
+    """Take a power mode's number, as YAML reads it, for its text."""
+    return str(value) if type(value) is int else value
+
+
 class Target(Strict):
     """A device or a class of device: how to reach it, what runs there, where releases live on it."""
 
@@ -199,7 +204,7 @@ class Target(Strict):
     accept_new_host_key: bool = False
     image: str | None = None
     threads: int = Field(default=1, ge=1)
-    power_mode: str | Annotated[int, Field(ge=0)] | None = None
+    power_mode: Annotated[str, BeforeValidator(_mode)] | None = None
     clocks: Literal["locked"] | None = None
     sudo: bool = False
     build: Build = Build()
@@ -234,8 +239,7 @@ class Target(Strict):
 
     def tuning(self) -> dict[str, Any]:
         """Return what the agent sets while it measures."""
-        mode = None if self.power_mode is None else str(self.power_mode)
-        return {"power_mode": mode, "clocks": self.clocks, "sudo": self.sudo}
+        return {"power_mode": self.power_mode, "clocks": self.clocks, "sudo": self.sudo}
 
     def using(self, runtime: RuntimeName) -> Target:
         """Return the target with another runtime, whose engine is built where that runtime's naturally is."""
