@@ -49,8 +49,12 @@ def applied(root: str, request: dict[str, Any]) -> Iterator[dict[str, dict[str, 
         yield {"set": wanted, "found": wanted}
         return
     found = [(knob, knob.read()) for knob in knobs]
-    _reset(found)  # without a way back nothing is changed
     with _guarded(root, request["sudo"], {knob.name: state for knob, state in found}):
+        try:
+            _reset(found)
+        except Refusal:  # there is no way back, so that nothing is changed
+            os.unlink(os.path.join(root, _JOURNAL))
+            raise
         for knob in asked:
             knob.write()
         for knob in asked:

@@ -84,9 +84,11 @@ cpuinfo() {
 
 # Who may run a command: this user as root, through sudo without a password, or nobody
 may() {
+    program=$(command -v "$1")
+    shift
     if [ "$(id -u)" = 0 ]; then
         echo root
-    elif sudo -k -n -l "$@" > /dev/null; then
+    elif sudo -k -n -l "$program" "$@" > /dev/null; then
         echo sudo
     else
         echo no
