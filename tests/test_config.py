@@ -124,3 +124,21 @@ def test_a_wrong_normalisation(options: tuple[str | None, str | None, str | None
     with pytest.raises(UsageError, match=message) as error:
         config.Normalization.parse(*options)
     assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("power_mode: [MAXN]", "power_mode: input should be a valid string"),
+        ("power_mode: true", "power_mode: input should be a valid string"),
+        ("clocks: high", "clocks: input should be 'locked'"),
+        ("sudo: 1", "sudo: input should be a valid boolean"),
+    ],
+)
+def test_a_wrong_power_mode_or_clocks(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "orin.yaml"
+    path.write_text(f"profile: jetson-orin\nruntime: onnxruntime\n{line}\n")
+    with pytest.raises(UsageError, match=message):
+        files.read_file(config.Target, path)
+    path.write_text("profile: jetson-orin\nruntime: onnxruntime\npower_mode: 0\n")
+    assert files.read_file(config.Target, path).power_mode == "0"

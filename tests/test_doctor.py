@@ -205,6 +205,7 @@ def test_what_programs_on_the_device_say(shell: str, tmp_path: Path, monkeypatch
     assert found.temperature >= 84
     assert (found.container, found.container_problem) == ("docker", "permission denied")
     assert (found.python, found.numpy, found.power_mode) == (None, None, "MAXN")
+    assert found.clocks == found.power_set
     assert found.clocks in ("root", "sudo", "no")
 
 
@@ -241,6 +242,27 @@ def test_an_orin_with_jetpack_6_2() -> None:
     assert checks["runtime"].text == "TensorRT 10.3.0.30"
     assert "JetPack 6.2" in checks["nvidia"].text
     assert checks["release"].text == "97b379e0147d9eda is current"
+
+
+def test_power_mode_and_clocks_that_a_target_asks_for() -> None:
+    asked = {"power_mode": "MAXN", "clocks": "locked"}
+    checks = judged(parse(ORIN), "jetson-orin", **asked)
+    assert statuses(checks) == {"power mode": "fail", "clocks": "fail"}
+    assert checks["power mode"].text == "MODE_30W, MAXN is asked for, and this user may not set it"
+    may = parse(ORIN.replace("clocks=no", "clocks=sudo\npower_set=sudo"))
+    checks = judged(may, "jetson-orin", **asked)
+    assert statuses(checks) == {"power mode": "fail", "clocks": "fail"}
+    assert checks["clocks"].hint == "sudo: true in the target file"
+    assert statuses(judged(may, "jetson-orin", **asked, sudo=True)) == {}
+    root = parse(ORIN.replace("clocks=no", "clocks=root\npower_set=root"))
+    assert statuses(judged(root, "jetson-orin", **asked)) == {}
+    assert statuses(judged(parse(ORIN), "jetson-orin", power_mode="MODE_30W")) == {"clocks": "warn"}
+    nothing = parse(BARE.replace("place=/", "place=/\nwritable=yes"))
+    checks = judged(nothing, "host-cpu", **asked)
+    assert checks["power mode"].text == "it has no power modes"
+    assert checks["clocks"].text == "it has none that can be locked"
+    lines = [line for line in ORIN.splitlines() if not line.startswith(("debian=", "trtexec=", "package=tensorrt"))]
+    assert statuses(judged(parse("\n".join(lines)), "jetson-orin", **asked)) == {"tuning": "fail"}
 
 
 def test_an_orin_without_bindings_measures_latency_only() -> None:

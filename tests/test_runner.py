@@ -245,6 +245,7 @@ def test_the_agent_builds_and_measures(device: LocalDevice, tmp_path: Path) -> N
         "duration_ms": 20,
         "queries": 30,
         "batches": [1, 8, 64],
+        "tuning": {"power_mode": None, "clocks": None, "sudo": False},
     }
     measured = agent.ask("bench", order)
     assert measured["accuracy"] == 1

@@ -184,6 +184,11 @@ class Build(Strict):
     compute_capabilities: list[Capability] = Field(default=[])
 
 
+def _mode(value: object) -> object:
+    """Take a power mode's number, as YAML reads it, for its text."""
+    return str(value) if type(value) is int else value
+
+
 class Target(Strict):
     """A device or a class of device: how to reach it, what runs there, where releases live on it."""
 
@@ -201,6 +206,9 @@ class Target(Strict):
     signing_key: str | None = None
     image: str | None = None
     threads: int = Field(default=1, ge=1)
+    power_mode: Annotated[str, BeforeValidator(_mode)] | None = None
+    clocks: Literal["locked"] | None = None
+    sudo: bool = False
     build: Build = Build()
 
     @model_validator(mode="after")
@@ -230,6 +238,10 @@ class Target(Strict):
     def where(self) -> Where:
         """Where its engine is built: as the file says, or the natural place of its runtime."""
         return self.build.where or PLACES[self.runtime][0]
+
+    def tuning(self) -> dict[str, Any]:
+        """Return what the agent sets while it measures."""
+        return {"power_mode": self.power_mode, "clocks": self.clocks, "sudo": self.sudo}
 
     def using(self, runtime: RuntimeName) -> Target:
         """Return the target with another runtime, whose engine is built where that runtime's naturally is."""

@@ -95,7 +95,13 @@ def judge(found: Probe, target: Target, root: str) -> list[Check]:
         checks.append(python(found))
         if checks[-1].status == "pass":
             checks.append(_numpy(found, target))
-    checks += [_root(found, root), *_signatures(found, target), *_condition(found), *_occupancy(found)]
+    checks += [
+        _root(found, root),
+        *_signatures(found, target),
+        *_condition(found),
+        *_tuning(found, target, contained),
+        *_occupancy(found),
+    ]
     return checks
 
 
@@ -237,16 +243,40 @@ def _condition(found: Probe) -> Iterator[Check]:
         hot = found.temperature >= _HOT
         hint = "let it cool down, or measurements are of a throttled device" if hot else None
         yield Check("temperature", "warn" if hot else "pass", f"{found.temperature:.0f} °C", hint)
-    if found.power_mode is not None:
+
+
+def _tuning(found: Probe, target: Target, contained: bool) -> Iterator[Check]:
+    """Yield whether power mode and clocks are, or may be set to, what the target asks for."""
+    mode, clocks = target.power_mode, target.clocks
+    if contained and (mode is not None or clocks is not None):
+        text = "power mode and clocks cannot be set from inside the container that the release runs in"
+        yield Check("tuning", "fail", text, "set them by hand, and leave them out in the target file")
+        return
+    if mode is not None and found.power_mode is None:
+        yield Check("power mode", "fail", "it has no power modes", "leave out power_mode in the target file")
+    elif mode not in (None, found.power_mode):
+        yield _settable("power mode", f"{found.power_mode}, {mode} is asked for", found.power_set, target)
+    elif found.power_mode is not None:
         yield Check("power mode", "pass", found.power_mode)
-    if found.clocks == "no":
-        hint = "lock them as root before a run: sudo jetson_clocks on a Jetson, otherwise sudo nvidia-smi -lgc MHZ"
-        yield Check(
-            "clocks", "warn", "this user may not lock them, and timings at floating clocks are unsteady", hint
-        )
+    if clocks is not None and found.clocks is None:
+        yield Check("clocks", "fail", "it has none that can be locked", "leave out clocks in the target file")
+    elif clocks is not None:
+        yield _settable("clocks", f"to be {clocks}", found.clocks, target)
+    elif found.clocks == "no":
+        text = "this user may not lock them, and timings at floating clocks are unsteady"
+        yield Check("clocks", "warn", text, "lock them as root before a run, or let this user: docs/devices.md")
     elif found.clocks is not None:
-        who = "this user is root" if found.clocks == "root" else "sudo needs no password"
-        yield Check("clocks", "pass", f"may be locked: {who}")
+        yield Check("clocks", "pass", "may be locked (clocks: locked in the target file)")
+
+
+def _settable(name: str, text: str, who: str | None, target: Target) -> Check:
+    """Return whether what only root may set can be set there for a target."""
+    if who == "root" or (who == "sudo" and target.sudo):
+        return Check(name, "pass", text)
+    if who == "sudo":
+        return Check(name, "fail", f"{text}, and may be set with sudo only", "sudo: true in the target file")
+    hint = "give it the right that docs/devices.md shows, and sudo: true in the target file"
+    return Check(name, "fail", f"{text}, and this user may not set it", hint)
 
 
 def _occupancy(found: Probe) -> Iterator[Check]:

@@ -306,6 +306,7 @@ def measure(
         "duration_ms": job.profile.benchmark.duration,
         "queries": job.profile.benchmark.queries,
         "batches": job.profile.benchmark.batches if exported.meta["batch"] == "dynamic" else [1],
+        "tuning": job.target.tuning(),
     }
 
     def make(work: Work) -> dict[str, Any]:

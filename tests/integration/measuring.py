@@ -17,6 +17,13 @@ from toolkit.devices import Device
 from toolkit.devices.agent import Agent
 
 SIZE = 8
+SETTINGS = {
+    "warmup_ms": 10,
+    "duration_ms": 50,
+    "queries": 20,
+    "batches": [1, 4],
+    "tuning": {"power_mode": None, "clocks": None, "sudo": False},
+}
 
 
 def network(path: Path) -> None:
@@ -38,8 +45,8 @@ def network(path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
 
 
-def measure(device: Device, folder: Path) -> dict[str, Any]:
-    """Build the network on a device, push it as a release, and return the agent's measurement."""
+def deliver(device: Device, folder: Path) -> Release:
+    """Build the network on a device, and push it there as a release."""
     agent = Agent(device)
     network(folder / "model.onnx")
     place = f"{device.root}/building"
@@ -62,5 +69,10 @@ def measure(device: Device, folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = {"files": files}
     release = Release(manifest | {"id": identity(manifest)}, sources, {})
     delivery.push(release, agent)
-    settings = {"warmup_ms": 10, "duration_ms": 50, "queries": 20, "batches": [1, 4]}
-    return delivery.bench(release, agent, settings, folder, lambda done, total, text: None)
+    return release
+
+
+def measure(device: Device, folder: Path, **settings: Any) -> dict[str, Any]:
+    """Build the network on a device, push it as a release, and return the agent's measurement."""
+    release = deliver(device, folder)
+    return delivery.bench(release, Agent(device), SETTINGS | settings, folder, lambda done, total, text: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,13 +10,20 @@ import traceback
 from types import FrameType
 from typing import Any
 
-from . import activation, environments, facts, leases, releases, signatures, upkeep
+from . import activation, environments, facts, leases, releases, signatures, tuning, upkeep
 from .protocol import Refusal, emit, receive
+
+
+def _activate(request: dict[str, Any]) -> dict[str, Any]:
+    with contextlib.suppress(Refusal):  # a device that cannot be set back can still be rolled back
+        tuning.recover(request["root"])
+    return activation.activate(request)
 
 
 def _build(request: dict[str, Any]) -> dict[str, Any]:
     from . import engine
 
+    tuning.recover(request["root"])  # kernels are timed at the clocks that they will run at
     return engine.build(request)
 
 
@@ -50,7 +58,7 @@ VERBS = {
     "build": _build,
     "inventory": releases.inventory,
     "install": releases.install,
-    "activate": activation.activate,
+    "activate": _activate,
     "health": _health,
     "probe": _probe,
     "releases": upkeep.describe,

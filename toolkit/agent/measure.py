@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cuda, engine, facts, releases, trtexec
+from . import cuda, engine, facts, releases, trtexec, tuning
 from .protocol import Refusal, progress
 
 _ROTATED = 256  # distinct images that latency and throughput rotate through
@@ -25,20 +25,25 @@ def bench(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request: ``root``, ``release`` (folder), ``out`` (folder for raw data), ``warmup_ms``, ``duration_ms``,
-            ``queries`` (at least so many), ``batches``.
+            ``queries`` (at least so many), ``batches``, ``tuning`` (see :func:`tuning.applied`).
 
     Returns:
         ``accuracy`` (0 to 1, or None), ``not_measured`` (what could not be, and why), ``images``, ``throughput``
         (``batch``, ``samples_per_s`` each), ``load_ms``, ``first_ms``, ``peak_memory_bytes`` (after latency and
-        throughput), ``provider``, ``settings``, ``layers``, ``notes``. Beside it ``latencies.npy`` (int64
-        nanoseconds, in order) and ``logits.npy`` (float32, ``(N, classes)``; absent when it was not measured).
+        throughput), ``provider``, ``settings``, ``layers``, ``notes``, ``tuning`` (what was
+        ``set``, and what was ``found``). Beside it ``latencies.npy`` (int64 nanoseconds, in order) and
+        ``logits.npy`` (float32, ``(N, classes)``; absent when it was not measured).
     """
     with releases.locked(request["root"]):
+        tuning.recover(request["root"])
         os.makedirs(request["out"], exist_ok=True)
         description = engine.read(request["release"], request["root"])
-        if description["runtime"] == "tensorrt" and not can_run_plans():
-            return _with_trtexec(request, description)
-        return _with_session(request)
+        with tuning.applied(request["root"], request["tuning"]) as tuned:
+            if description["runtime"] == "tensorrt" and not can_run_plans():
+                result = _with_trtexec(request, description)
+            else:
+                result = _with_session(request)
+        return dict(result, tuning=tuned)
 
 
 def _with_session(request: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Probe:
         container: The container engine that would be used: ``docker`` or ``podman``.
         container_problem: Why it does not answer.
         container_gpu: Whether it can give the GPU to a container.
-        clocks: Who may lock clocks: ``root`` (this user), ``sudo`` (without a password), ``no``.
+        power_set: Who may set the power mode: ``root`` (this user), ``sudo`` (without a password), ``no``.
+        clocks: Who may lock clocks, likewise.
         temperature: The hottest sensor, in °C.
         load: Running processes, averaged over a minute.
         skew: Seconds that its clock is ahead, negative behind; 0 where it may be right.
@@ -71,6 +72,7 @@ class Probe:
     l4t: str | None
     jetpack: str | None
     power_mode: str | None
+    power_set: str | None
     clocks: str | None
     container: str | None
     container_problem: str | None
@@ -165,6 +167,7 @@ def parse(lines: Sequence[str], sent: float, seen: float) -> Probe:
         l4t=l4t,
         jetpack=facts.jetpack(l4t) if l4t else None,
         power_mode=facts.power_mode(one.get("power", "")),
+        power_set=one.get("power_set"),
         clocks=one.get("clocks"),
         container=container or ("docker" if "docker_problem" in one else None),
         container_problem=None if container else one.get("docker_problem"),

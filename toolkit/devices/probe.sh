@@ -61,17 +61,15 @@ if util.find_spec("tensorrt"):
     done
     echo "tegra=$(head -n 1 /etc/nv_tegra_release)"
     echo "power=$($limit nvpmodel -q | tr '\n' ' ')"
-    for program in jetson_clocks nvidia-smi; do
-        command -v "$program" > /dev/null || continue
-        if [ "$(id -u)" = 0 ]; then
-            echo clocks=root
-        elif sudo -n -l "$program" > /dev/null; then
-            echo clocks=sudo
-        else
-            echo clocks=no
-        fi
-        break
-    done
+    command -v nvpmodel > /dev/null && echo "power_set=$(may nvpmodel -m 0)"
+    governor=/sys/devices/system/cpu/cpufreq/policy0/scaling_governor
+    if command -v jetson_clocks > /dev/null; then
+        echo "clocks=$(may jetson_clocks)"
+    elif command -v nvidia-smi > /dev/null; then
+        echo "clocks=$(may nvidia-smi -i 0 -pm 1)"
+    elif [ -e "$governor" ]; then
+        echo "clocks=$(may tee "$governor")"
+    fi
 
     if command -v docker > /dev/null; then
         if answer=$($limit docker info --format '{{range $name, $_ := .Runtimes}}{{$name}} {{end}}' 2>&1); then
@@ -88,6 +86,19 @@ if util.find_spec("tensorrt"):
 
 cpuinfo() {
     sed -n "s/^$1[[:space:]]*: *//p" /proc/cpuinfo | head -n 1
+}
+
+# Who may run a command: this user as root, through sudo without a password, or nobody
+may() {
+    program=$(command -v "$1")
+    shift
+    if [ "$(id -u)" = 0 ]; then
+        echo root
+    elif sudo -k -n -l "$program" "$@" > /dev/null; then
+        echo sudo
+    else
+        echo no
+    fi
 }
 
 probe "$@" < /dev/null 2> /dev/null

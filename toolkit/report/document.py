@@ -13,7 +13,7 @@ from toolkit.stages import Runner
 SCHEMA = Path(__file__).with_name("run.schema.json")
 _BENCH = (
     "scenario", "samples", "latency_ms", "throughput", "batches", "accuracy", "not_measured", "agreement", "images",
-    "peak_memory_bytes", "load_ms", "first_ms", "provider", "settings", "layers", "device",
+    "peak_memory_bytes", "load_ms", "first_ms", "provider", "settings", "layers", "tuning", "device",
 )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def _bench(meta: Mapping[str, Any]) -> str:
     rate = meta["throughput"]
     return (
         f"p50 / p90 / p99 {shown} ms, {rate['samples_per_s']:,.0f} samples/s at batch {rate['batch']}, "
-        f"{_quality(meta)}"
+        f"{_quality(meta)}" + "".join(f", {what} {state}" for what, state in meta["tuning"]["set"].items())
     )
 
 
