@@ -56,7 +56,7 @@ def held(device: Device, doing: str, claim: Claim = Claim(), console: Console | 
 
     # a container would be started for every renewal
     machine = device.inner if isinstance(device, ContainerDevice) else device
-    if machine.lease is not None:
+    if device.lease is not None:
         yield
         return
     agent, token = Agent(machine), secrets.token_hex(16)
@@ -70,7 +70,7 @@ def held(device: Device, doing: str, claim: Claim = Claim(), console: Console | 
         log.warning("the disk of %s is too full for a lease: nothing keeps others off", machine.name)
         yield
         return
-    machine.lease = token
+    device.lease = token
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(agent, request, ended), daemon=True)
     renewing.start()
@@ -79,7 +79,7 @@ def held(device: Device, doing: str, claim: Claim = Claim(), console: Console | 
     finally:
         ended.set()
         renewing.join(_ANSWER_SECONDS)
-        machine.lease = None
+        device.lease = None
         try:
             agent.ask("return-lease", request, timeout=_ANSWER_SECONDS)
         except StageError as problem:
@@ -115,7 +115,7 @@ def _take(agent: Agent, request: dict[str, Any], claim: Claim, console: Console)
     if not answer["taken"]:
         raise StageError(
             f"{name} is not free: {_words(answer['held'])}",
-            "wait for them (--wait 10m), or take the device from them (--steal)",
+            f"wait {'longer' if claim.wait else 'for them'} (--wait 10m), or take the device from them (--steal)",
         )
     if answer["held"]:
         log.warning("%s was taken over from %s", name, _words(answer["held"]))
