@@ -48,6 +48,8 @@ class SshDevice:
         self._address = Address.resolve(host)
         self._accept_new = accept_new_host_key
         self._client: paramiko.SSHClient | None = None
+        self._channels: set[paramiko.Channel] = set()
+        self._broken_off = False
         self._connected()
         self.root = root.replace("~", self._home(), 1) if root.startswith("~") else root
 
@@ -55,6 +57,7 @@ class SshDevice:
 
     def _connected(self) -> paramiko.SSHClient:
         """Return the connection, made anew with growing pauses when it is lost."""
+        self._require_wanted()
         transport = self._client.get_transport() if self._client else None
         if self._client is not None and transport is not None and transport.is_active():
             return self._client
@@ -121,6 +124,16 @@ class SshDevice:
         self.run(["sh", "-c", "cd && pwd"], on_line=lines.append)
         return lines[-1]
 
+    def break_off(self) -> None:
+        """End what another thread is doing here; it hears of it by a StageError."""
+        self._broken_off = True
+        for channel in list(self._channels):
+            channel.close()
+
+    def _require_wanted(self) -> None:
+        if self._broken_off:
+            raise StageError(f"the work on '{self.name}' was broken off")
+
     # --- programs --------------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
@@ -179,6 +192,7 @@ class SshDevice:
 
             timer = threading.Timer(timeout, expire) if timeout else None
             try:
+                self._channels.add(channel)
                 if timer:
                     timer.start()
                 channel.exec_command(command)
@@ -198,10 +212,12 @@ class SshDevice:
             finally:
                 if timer:
                     timer.cancel()
+                self._channels.discard(channel)
                 channel.close()
                 if process:
                     self._end(process)
         except (OSError, EOFError, paramiko.SSHException) as error:
+            self._require_wanted()
             if not expired.is_set():
                 raise StageError(
                     f"the connection to '{self.name}' broke off during {what}: {error}",
