@@ -263,9 +263,8 @@ def test_a_failed_wave_goes_back_and_ends_the_rollout(server: Server, folder: Pa
 
 @needs_sshd
 def test_ctrl_c_ends_the_work_there_and_says_how_far_it_is(server: Server, folder: Path) -> None:
-    python(
-        server, "b", f'case "$2" in bench) echo $$ > $HOME/pid; exec sleep 300;; esac; exec {sys.executable} "$@"'
-    )
+    hang = "for r in releases/*; do mkdir -p measured/${r##*/}; done; echo $$ > $HOME/pid; exec sleep 300"
+    python(server, "b", f'[ "$2" != bench ] || {{ cd $HOME/.toolkit; {hang}; }}; exec {sys.executable} "$@"')
     command = [sys.executable, "-m", "toolkit", "run", "tiny", "--hosts", "a,b,d", "--parallel", "2", "--json"]
     with (folder / "told").open("w") as told:
         process = subprocess.Popen(
@@ -284,6 +283,7 @@ def test_ctrl_c_ends_the_work_there_and_says_how_far_it_is(server: Server, folde
     hosts = {host["host"]: host for host in json.loads(printed)["hosts"]}
     assert [hosts[name]["status"] for name in "abd"] == ["committed", "failed", "committed"]
     assert "'b' was broken off" in hosts["b"]["error"]["message"]
+    assert not list((server.home("b") / ".toolkit" / "measured").iterdir()), "it is put in order"
     for _ in range(50):
         if not Path(f"/proc/{pid.read_text().strip()}").exists():
             break

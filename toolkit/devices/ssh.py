@@ -57,7 +57,6 @@ class SshDevice:
 
     def _connected(self) -> paramiko.SSHClient:
         """Return the connection, made anew with growing pauses when it is lost."""
-        self._require_wanted()
         transport = self._client.get_transport() if self._client else None
         if self._client is not None and transport is not None and transport.is_active():
             return self._client
@@ -131,7 +130,9 @@ class SshDevice:
             channel.close()
 
     def _require_wanted(self) -> None:
+        """Raise when the work was broken off; only once, since afterwards things are put in order."""
         if self._broken_off:
+            self._broken_off = False
             raise StageError(f"the work on '{self.name}' was broken off")
 
     # --- programs --------------------------------------------------------------------------------------------
@@ -181,6 +182,7 @@ class SshDevice:
         expired = threading.Event()
         stderr: list[str] = []
         process = 0
+        self._require_wanted()
         try:
             transport = self._connected().get_transport()
             assert transport is not None
