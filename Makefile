@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TARGETS := $(sort $(basename $(notdir $(wildcard targets/*.yaml))))
 # only what was typed counts: HOST, MODEL or SEED may stand in somebody's environment
 given = $(if $(findstring command,$(origin $(1))),$(2) $($(1)))
-OPTIONS = $(call given,HOST,--host) $(call given,DATA,--data) $(call given,MODEL,--model) \
+OPTIONS = $(call given,HOST,--host) $(call given,HOSTS,--hosts) $(call given,GROUP,--group) $(call given,DATA,--data) $(call given,MODEL,--model) \
           $(call given,PROFILE,--profile) $(call given,FLOPS,--flops) $(call given,PRECISION,--precision) \
           $(call given,SEED,--seed) $(if $(call given,FAST),--fast) $(call given,ARGS)
 
@@ -25,7 +25,7 @@ help:
 	@echo 'make clean     remove .venv and build'
 	@echo
 	@echo 'make TARGET    the whole job for a target: $(TARGETS)'
-	@echo '               with DATA=imagefolder:PATH MODEL=resnet20 PROFILE= FLOPS=60M PRECISION=int8 SEED= FAST=1 HOST= ARGS='
+	@echo '               with DATA=imagefolder:PATH MODEL=resnet20 PROFILE= FLOPS=60M PRECISION=int8 SEED= FAST=1 HOST= HOSTS= GROUP= ARGS='
 
 install: $(VENV)/installed
 

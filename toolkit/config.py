@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -199,6 +200,8 @@ class Target(Strict):
     compute_capability: Capability | None = None
     runtime: RuntimeName
     host: str | None = None
+    hosts: list[str] = Field(default=[])
+    groups: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(default={})
     root: str | None = None
     python: str = "python3"
     accept_new_host_key: bool = False
@@ -210,6 +213,12 @@ class Target(Strict):
     clocks: Literal["locked"] | None = None
     sudo: bool = False
     build: Build = Build()
+
+    @model_validator(mode="after")
+    def _check_hosts(self) -> Target:
+        if self.host is not None and (self.hosts or self.groups):
+            raise ValueError("'host' names one device, 'hosts' and 'groups' a fleet; keep one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_build(self) -> Target:
@@ -242,6 +251,20 @@ class Target(Strict):
     def tuning(self) -> dict[str, Any]:
         """Return what the agent sets while it measures."""
         return {"power_mode": self.power_mode, "clocks": self.clocks, "sudo": self.sudo}
+
+    @property
+    def fleet(self) -> list[str]:
+        """Its hosts and those of its groups, each once; empty where it is one device."""
+        named = [*self.hosts, *(host for group in self.groups.values() for host in group)]
+        return list(dict.fromkeys(named))
+
+    def at(self, host: str) -> Target:
+        """Return the target as one device."""
+        return self.model_copy(update={"host": host, "hosts": [], "groups": {}})
+
+    def across(self, hosts: Sequence[str]) -> Target:
+        """Return the target as a fleet of these hosts."""
+        return self.model_copy(update={"host": None, "hosts": list(dict.fromkeys(hosts)), "groups": {}})
 
     def using(self, runtime: RuntimeName) -> Target:
         """Return the target with another runtime, whose engine is built where that runtime's naturally is."""

@@ -34,6 +34,12 @@ class StageError(ToolkitError):
     """A stage could not be completed."""
 
 
+class InterruptionError(ToolkitError):
+    """Ctrl-C came while many things were at work, and what became of each is known."""
+
+    exit_code = 130
+
+
 @contextlib.contextmanager
 def disk_errors(folder: Path, what: str) -> Iterator[None]:
     """Turn a full disk or a missing permission into a sentence.

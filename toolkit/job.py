@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toolkit.config import Data, Flops, Model, Precision, Profile, Recipe, Target
@@ -44,6 +44,10 @@ class Job:
                 "int8 is calibrated on images, and --data none has only noise",
                 "give inputs like the network's own (--data inputs:FILE.npy), or use --precision fp32 or fp16",
             )
+
+    def at(self, host: str) -> Job:
+        """Return the job for one host of its target's fleet."""
+        return replace(self, target=self.target.at(host))
 
     @property
     def recipe(self) -> Recipe:

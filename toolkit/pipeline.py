@@ -67,8 +67,11 @@ def run(job: Job, stages: Runner) -> None:
         Reached: The last stage that was asked for is done; ``stages`` holds what was made.
         ToolkitError: Something that the user can act on; everything made before it is kept.
     """
-    engines.require_precision(job.target, job.precision)
-    networks = compress(job, stages)
+    deliver(job, stages, compress(job, stages))
+
+
+def deliver(job: Job, stages: Runner, networks: Networks) -> None:
+    """Take a graph to its device: build, push, measure, judge, and commit or go back; raises like :func:`run`."""
     place = stages.prepared(places.choose(job.target, job.build))
     if job.target.where == "device":
         stages.hold(place.device, job)
@@ -111,6 +114,7 @@ def foresee(job: Job, stages: Runner) -> None:
 
 def compress(job: Job, stages: Runner) -> Networks:
     """Train, prune, fine-tune, export and quantise: all that does not depend on a device."""
+    engines.require_precision(job.target, job.precision)
     networks = shrink(job, stages) if job.model.trainable else take_over(job, stages)
     if job.precision == "fp32":
         stages.skip("quantize", "not needed for fp32")
@@ -338,6 +342,9 @@ def measure(
 
 def report(stages: Runner, networks: Networks, bench: Artifact) -> None:
     """Draw the pictures; the page itself is written when the run is over and everything is known."""
+    if not stages.draws and stages.verdict:
+        stages.skip("report", f"contract {stages.verdict.status}; a fleet has no page")
+        return
 
     def make(work: Work) -> dict[str, Any]:
         from toolkit.report import figures

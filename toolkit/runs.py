@@ -17,7 +17,8 @@ from toolkit.engines import places
 from toolkit.errors import ToolkitError, UsageError, disk_errors
 from toolkit.job import Job
 from toolkit.report import document
-from toolkit.stages import Planner, Reached, Runner
+from toolkit.rollout import Rollout
+from toolkit.stages import Planner, Reached, Runner, silenced
 from toolkit.store import Store, write_json
 
 log = logging.getLogger(__name__)
@@ -33,20 +34,27 @@ class Outcome:
 
 
 def execute(
-    job: Job, until: str = "commit", console: Console | None = None, rerun: frozenset[str] = frozenset()
+    job: Job,
+    until: str = "commit",
+    console: Console | None = None,
+    rerun: frozenset[str] = frozenset(),
+    parallel: int = 8,
+    waves: str | None = None,
 ) -> Outcome:
-    """Run a job and record it below ``BUILD/runs``.
+    """Run a job, on every host of its target's fleet if it is one, and record it below ``BUILD/runs``.
 
     Args:
         job: What to do.
         until: The stage to end with; ``commit`` for all.
         console: Who is told of progress.
         rerun: Stages to make anew.
+        parallel: How many hosts are at work at a time.
+        waves: How a fleet is cut; see :func:`toolkit.delivery.fleet.waves`.
 
     Returns:
         The run's document, the error that ended it if one did, and the exit code: 0 for a kept contract (or
         a stage that was reached), 1 for a broken one, a failed stage or a release that does not run after its
-        switch, 2 for wrong input.
+        switch, on any host of a fleet, 2 for wrong input.
     """
     console = console or Console(quiet=True)
     store = Store(job.build / "store")
@@ -55,20 +63,25 @@ def execute(
     folder = job.build / "runs" / name
     if job.fast:
         console.say("fast run: a short recipe on part of the data")
+    rollout = Rollout.of(job, stages, parallel, waves) if job.target.fleet or waves else None
     error: ToolkitError | None = None
-    with disk_errors(job.build, "the run's record"), store.in_use():
+    with disk_errors(job.build, "the run's record"), store.in_use(), silenced():
         try:
-            pipeline.foresee(job, stages)
-            with stages.leases:
-                pipeline.run(job, stages)
+            if rollout is not None:
+                rollout.run()
+            else:
+                pipeline.foresee(job, stages)
+                with stages.leases:
+                    pipeline.run(job, stages)
         except Reached:
             log.info("reached %s", until)
         except ToolkitError as caught:
             error = caught
             seen = {done.name for done in stages.done}
             left = [stage for stage in pipeline.STAGES if stage not in seen]
-            console.say(f"not done: {', '.join(left)}; the rest is kept")
-        record = document.assemble(name, job, stages, None, error)
+            if rollout is None:
+                console.say(f"not done: {', '.join(left)}; the rest is kept")
+        record = document.assemble(name, job, stages, rollout.hosts if rollout else None, error)
         if stages.done:
             folder.mkdir(parents=True)
             if pictures := stages.artifacts.get("report"):
@@ -79,19 +92,20 @@ def execute(
             write_json(folder / "run.json", record)
     if error is not None:
         return Outcome(record, error, error.exit_code)
-    kept = stages.verdict is None or stages.verdict.passed
-    healthy = stages.commitment is None or stages.commitment.healthy
-    return Outcome(record, None, 0 if kept and healthy else 1)
+    kept = stages.kept if rollout is None else all(host.good for host in rollout.hosts)
+    return Outcome(record, None, 0 if kept else 1)
 
 
 def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
-    """Say what a run of the job would do; nothing is written.
+    """Say what a run of the job would do, for a fleet on its first host; nothing is written.
 
     Returns:
-        A document with ``stages`` (name, cached, seconds, artifact, text), ``build`` (where the engine is built,
-        why, and the commands there, a line each), ``seconds`` (estimated for what would run) and ``complete``
-        (whether every stage's time is known).
+        A document with ``host`` (None for this machine), ``stages`` (name, cached, seconds, artifact, text),
+        ``build`` (where the engine is built, why, and the commands there, a line each), ``seconds`` (estimated for
+        what would run) and ``complete`` (whether every stage's time is known).
     """
+    if job.target.fleet:
+        job = job.at(job.target.fleet[0])
     planner = Planner(Store(job.build / "store"), Console(quiet=True), "report", rerun, job.fast)
     error: ToolkitError | None = None
     try:
@@ -113,6 +127,7 @@ def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
     pending = [stage for stage in stages if not stage["cached"]]
     record = {
         "target": job.target.name,
+        "host": job.target.host,
         "stages": stages,
         "build": places.explain(job.target, job.build),
         "seconds": round(sum(stage["seconds"] for stage in pending), 1),
@@ -132,7 +147,8 @@ def collect_garbage(build: Path, keep: int, *, remove: bool) -> list[tuple[Path,
     kept: set[tuple[str, str]] = set()
     for path in runs[:keep]:
         record = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
-        kept |= set(record.get("artifacts", {}).items())
+        for made in (record, *record.get("hosts", ())):
+            kept |= set(made.get("artifacts", {}).items())
     found = Store(build / "store").collect_garbage(kept, remove=remove)
     for path in runs[keep:]:
         found.append((path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())))

@@ -69,6 +69,7 @@ class Runner:
         done: What became of each stage so far.
         artifacts: The artifacts so far, by stage.
         leases: Devices that are held until it is closed.
+        draws: Whether the report's pictures are drawn; not for each host of a fleet.
     """
 
     store: Store
@@ -80,9 +81,22 @@ class Runner:
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     leases: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     release: str | None = None
+    pushed: Pushed | None = None
     verdict: Verdict | None = None
     commitment: Commitment | None = None
+    draws: bool = True
     writes: ClassVar[bool] = True
+
+    @property
+    def kept(self) -> bool:
+        """Whether nothing that was seen speaks against the release: contract, and health after the switch."""
+        return (self.verdict is None or self.verdict.passed) and (
+            self.commitment is None or self.commitment.healthy
+        )
+
+    def for_host(self, console: Console) -> Runner:
+        """Return the runner of one host of a fleet: the same store, an account of its own."""
+        return Runner(self.store, console, self.until, self.rerun, self.fast, draws=False)
 
     def make(
         self,
@@ -106,7 +120,7 @@ class Runner:
             artifact = self.store.produce(
                 name,
                 Store.key(name, VERSIONS[name], config, inputs),
-                _silently(make),
+                make,
                 config=config,
                 inputs=inputs,
                 fast=self.fast,
@@ -135,7 +149,7 @@ class Runner:
             pushed = push(progress)
         for name in pushed.repaired:
             self.console.warn(f"the device's copy of {name} was damaged and has been replaced")
-        self.release = release
+        self.release, self.pushed = release, pushed
         seconds = time.monotonic() - started
         how = fresh(seconds) if pushed.sent_bytes else "the device has all of it, verified there"
         sent = {"release": release, "sent": pushed.sent_bytes}
@@ -182,20 +196,16 @@ class Runner:
             raise Reached(name)
 
 
-def _silently(make: Make) -> Make:
-    """Keep what libraries print off stdout, where a program may be reading."""
-
-    def quiet(work: Work) -> dict[str, Any]:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.ExitStack() as stack:
-            if not log.isEnabledFor(logging.DEBUG):
-                stack.enter_context(_no_noise())
-            meta = make(work)
-        for line in printed.getvalue().splitlines():
-            log.debug("%s", line)
-        return meta
-
-    return quiet
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Keep what libraries print off stdout, where a program may be reading; for the process, so from one thread."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.ExitStack() as stack:
+        if not log.isEnabledFor(logging.DEBUG):
+            stack.enter_context(_no_noise())
+        yield
+    for line in printed.getvalue().splitlines():
+        log.debug("%s", line)
 
 
 @contextlib.contextmanager

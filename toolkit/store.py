@@ -135,6 +135,8 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._making: set[tuple[str, str]] = set()
+        self._made: set[tuple[str, str]] = set()
         marker = root / "store.json"
         try:
             version = json.loads(marker.read_text())["format"] if marker.exists() else FORMAT
@@ -230,12 +232,12 @@ class Store:
             inputs: Recorded beside the result.
             fast: Whether the result comes from a fast run.
             amount: How much work it is, in a unit of the stage's own; later plans estimate time from it.
-            rerun: Make it anew even where it is.
+            rerun: Make it anew even where it is, unless this store object made it: hosts of a fleet share it.
             progress: Handed to ``make``.
             warn: Told of a damaged artifact and of waiting for another process.
         """
-        with disk_errors(self.root, f"stage '{stage}'"), self._locked(stage, key, warn):
-            if not rerun:
+        with disk_errors(self.root, f"stage '{stage}'"), self._locked(stage, key, progress, warn):
+            if not rerun or (stage, key) in self._made:
                 try:
                     if found := self.lookup(stage, key):
                         return found
@@ -252,6 +254,7 @@ class Store:
                 stage, key, work, meta, time.monotonic() - started, config, inputs, fast, amount
             )
             shutil.rmtree(work.resume, ignore_errors=True)
+            self._made.add((stage, key))
             return artifact
 
     def _commit(
@@ -318,17 +321,22 @@ class Store:
         )
 
     @contextmanager
-    def _locked(self, stage: str, key: str, warn: Callable[[str], None]) -> Iterator[None]:
+    def _locked(self, stage: str, key: str, progress: Progress, warn: Callable[[str], None]) -> Iterator[None]:
         assert self._ready
         lock = FileLock(self.root / ".locks" / f"{stage}-{key}")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            warn(f"another process is at work on '{stage}'; waiting for its result")
+            if (stage, key) in self._making:
+                progress(0, 0, "waiting: it is being made for another host")
+            else:
+                warn(f"another process is at work on '{stage}'; waiting for its result")
             lock.acquire()
+        self._making.add((stage, key))
         try:
             yield
         finally:
+            self._making.discard((stage, key))
             lock.release()
 
     def records(self) -> Iterator[tuple[Path, dict[str, Any]]]:

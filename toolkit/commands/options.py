@@ -42,6 +42,15 @@ build_folder = click.option(
 
 host = click.option("--host", help="Where the target is; the target file's host by default.")
 
+_WHERE = (
+    host,
+    click.option("--hosts", metavar="A,B,C", help="These hosts, whatever the target file says."),
+    click.option("--group", help="The hosts of this group of the target file."),
+    click.option("--parallel", type=click.IntRange(1), default=8, show_default=True, metavar="N",
+                 help="How many hosts are at work at a time."),
+    click.option("--accept-new-host-key", is_flag=True, help="Trust a host key that nobody knows yet."),
+)  # fmt: skip
+
 in_container = click.option(
     "--in-container", is_flag=True, help="Run in the training image (NGC PyTorch), with the GPU if there is one."
 )
@@ -84,8 +93,7 @@ _OPTIONS = (
     click.option("--runtime", type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
                  help="Runtime instead of the target's own."),
     click.option("--rebuild-stale", is_flag=True, help="Build on the device what does not fit it."),
-    host,
-    click.option("--accept-new-host-key", is_flag=True, help="Trust a host key that nobody knows yet."),
+    *_WHERE,
     wait,
     steal,
     click.option("--seed", type=click.IntRange(0, 2**31), default=123, show_default=True),
@@ -108,29 +116,63 @@ def run_options(function: _Function) -> _Function:
     return function
 
 
-def target_from(name: str, host: str | None, runtime: str | None = None) -> Target:
-    """Return a target by its name, on another host or with another runtime if these are given.
+def where(function: _Function) -> _Function:
+    """Add the options that say which device, or which fleet, is meant; :func:`target_from` takes them."""
+    for option in reversed(_WHERE):
+        function = option(function)
+    return function
+
+
+def target_from(
+    name: str,
+    host: str | None,
+    runtime: str | None = None,
+    *,
+    hosts: str | None = None,
+    group: str | None = None,
+    accept_new_host_key: bool = False,
+) -> Target:
+    """Return a target by its name, on other hosts or with another runtime if these are given.
 
     Raises:
-        UsageError: There is no such target, or it does not go with the runtime.
+        UsageError: There is no such target or group, or it does not go with the runtime.
     """
+    from toolkit import files, units
+    from toolkit.errors import UsageError
+
+    target = files.load_target(name)
+    if sum(given is not None for given in (host, hosts, group)) > 1:
+        raise UsageError("--host, --hosts and --group each say where the target is", "give one of them")
+    if host is not None:
+        target = target.at(host)
+    elif hosts is not None:
+        named = [word.strip() for word in hosts.split(",") if word.strip()]
+        if not named:
+            raise UsageError("--hosts names no host", "write --hosts a,b,c")
+        target = target.across(named)
+    elif group is not None:
+        if group not in target.groups:
+            raise UsageError(f"'{name}' has no group '{group}'", units.nearest(group, list(target.groups)))
+        target = target.across(target.groups[group])
+    if accept_new_host_key:
+        target = target.model_copy(update={"accept_new_host_key": True})
+    return target if runtime is None else with_runtime(target, runtime)
+
+
+def with_runtime(target: Target, runtime: str) -> Target:
+    """Return a target with another runtime; raises UsageError when it does not go with it."""
     from typing import cast
 
     from pydantic import ValidationError
 
-    from toolkit import config, files
+    from toolkit import config
     from toolkit.errors import UsageError
 
-    target = files.load_target(name)
-    if host is not None:
-        target = target.model_copy(update={"host": host})
-    if runtime is None:
-        return target
     try:
         return target.using(cast(config.RuntimeName, runtime))
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"--runtime {runtime}: {problem}", "toolkit targets show " + name) from None
+        raise UsageError(f"--runtime {runtime}: {problem}", "toolkit targets show " + target.name) from None
 
 
 def job_from(
@@ -148,6 +190,8 @@ def job_from(
     runtime: str | None,
     rebuild_stale: bool,
     host: str | None,
+    hosts: str | None,
+    group: str | None,
     accept_new_host_key: bool,
     seed: int,
     fast: bool,
@@ -170,9 +214,7 @@ def job_from(
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
     logging.basicConfig(level=level)
     logging.getLogger("toolkit").setLevel(level)  # the root logger is silenced while libraries are at work
-    chosen = target_from(target, host, runtime)
-    if accept_new_host_key:
-        chosen = chosen.model_copy(update={"accept_new_host_key": True})
+    chosen = target_from(target, host, runtime, hosts=hosts, group=group, accept_new_host_key=accept_new_host_key)
     settings = files.load_profile(profile or chosen.profile)
     if flops is not None and model.startswith("onnx:"):
         raise UsageError("an ONNX file is not pruned to a budget", "leave out --flops")

@@ -16,10 +16,13 @@ def plan(**options: Any) -> None:
     from toolkit import runs, units
     from toolkit.cli import print_json, tell
 
-    planned = runs.plan(job_from(**options), frozenset(options["rerun"]))
+    job = job_from(**options)
+    planned = runs.plan(job, frozenset(options["rerun"]))
     if options["as_json"]:
         print_json(planned.document)
     else:
+        if len(job.target.fleet) > 1:
+            click.echo(f"on {planned.document['host']}, the first of {len(job.target.fleet)} hosts")
         for stage in planned.document["stages"]:
             click.echo(f"{stage['name']:<9} {stage['text']}")
         for number, line in enumerate(planned.document["build"]):

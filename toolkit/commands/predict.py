@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from toolkit.commands.options import build_folder, complete, host, target_from
+from toolkit.commands.options import build_folder, complete, host, target_from, with_runtime
 
 
 @click.command()
@@ -27,14 +27,16 @@ def predict(
     from toolkit.devices import open_device
     from toolkit.devices.agent import Agent
     from toolkit.engines import places
-    from toolkit.errors import StageError
+    from toolkit.errors import StageError, UsageError
 
     chosen = target_from(target, host)
+    if chosen.fleet:
+        raise UsageError(f"'{target}' is a fleet", f"name one of its devices: --host {chosen.fleet[0]}")
     device = open_device(chosen.host, chosen, build_folder)
     manifest = delivery.current(Agent(device), target)
     batch = delivery.read(images, manifest)
-    runs = target_from(target, host, manifest["engine"]["runtime"])
-    place = places.native_or_contained(runs, device, "the release runs there")
+    built_for = with_runtime(chosen, manifest["engine"]["runtime"])
+    place = places.native_or_contained(built_for, device, "the release runs there")
     place.prepare(Console().say)
     answer = delivery.answer(batch, manifest["id"], Agent(place.device))
     try:

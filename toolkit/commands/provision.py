@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from toolkit.commands.options import build_folder, complete, host, steal, target_from, wait
+from toolkit.commands.options import build_folder, complete, steal, target_from, wait, where
+
+if TYPE_CHECKING:
+    from toolkit.config import Target
+    from toolkit.delivery.lease import Claim
 
 
 @click.command()
@@ -17,31 +22,44 @@ from toolkit.commands.options import build_folder, complete, host, steal, target
     metavar="DIR",
     help="Take the wheels from this folder; nothing is downloaded.",
 )
-@host
+@where
 @wait
 @steal
 @build_folder
 def provision(
-    target: str, wheels: Path | None, host: str | None, wait: float, steal: bool, build_folder: Path
+    target: str,
+    wheels: Path | None,
+    parallel: int,
+    wait: float,
+    steal: bool,
+    build_folder: Path,
+    **where: Any,
 ) -> None:
     """Give TARGET's device NumPy, Pillow and the runtime.
 
     The wheels for its Python are downloaded here and installed there, in a virtual environment below the release
     root: it needs no root and no internet. TensorRT itself is the system's. The same command again changes nothing.
     """
+    from toolkit.commands import fleets
+    from toolkit.delivery.lease import Claim
+
+    chosen, claim = target_from(target, **where), Claim(wait, steal)
+    if chosen.fleet:
+        fleets.show(fleets.on_each(chosen, parallel, lambda one: _provisioned(one, wheels, claim, build_folder)))
+    click.echo(_provisioned(chosen, wheels, claim, build_folder))
+
+
+def _provisioned(target: Target, wheels: Path | None, claim: Claim, build: Path) -> str:
     from toolkit.console import Console
     from toolkit.delivery import lease
     from toolkit.delivery import provision as delivery
     from toolkit.devices import open_device
 
-    chosen = target_from(target, host)
-    if chosen.host in (None, "local"):
-        click.echo("this machine runs the toolkit's own Python: there is nothing to provision")
-        return
-    device = open_device(chosen.host, chosen, build_folder)
-    console = Console()
-    holding = lease.held(device, f"toolkit provision {target}", lease.Claim(wait, steal), console)
+    if target.host in (None, "local"):
+        return "this machine runs the toolkit's own Python: there is nothing to provision"
+    device, console = open_device(target.host, target, build), Console()
+    holding = lease.held(device, f"toolkit provision {target.name}", claim, console)
     with holding, console.progress("provision") as progress:
-        done = delivery.provision(device, chosen, build_folder / "wheels", wheels, progress)
+        done = delivery.provision(device, target, build / "wheels", wheels, progress)
     verb = "provisioned" if done.changed else "is provisioned already:"
-    click.echo(f"{device.name} {verb} {', '.join(done.packages)}")
+    return f"{device.name} {verb} {', '.join(done.packages)}"

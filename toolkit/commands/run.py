@@ -23,7 +23,9 @@ def _go(until: str, options: dict[str, Any]) -> None:
 
         arguments = [argument for argument in sys.argv[1:] if argument != "--in-container"]
         raise click.exceptions.Exit(run_inside(arguments, job, console.say))
-    outcome = runs.execute(job, until, console, frozenset(options["rerun"]))
+    outcome = runs.execute(
+        job, until, console, frozenset(options["rerun"]), options["parallel"], options.get("waves")
+    )
     if options["as_json"]:
         print_json(outcome.document)
     elif text := terminal.summary(outcome.document):
@@ -35,6 +37,9 @@ def _go(until: str, options: dict[str, Any]) -> None:
 
 @click.command()
 @run_options
+@click.option(
+    "--waves", metavar="SIZES", help="Reach a fleet in waves, as 1,10%,100%; a wave that fails is rolled back."
+)
 @in_container
 def run(**options: Any) -> None:
     """Do the whole job for TARGET: from training to a committed release."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from toolkit.config import Target
 from toolkit.process import Finished
+
+if TYPE_CHECKING:
+    from toolkit.devices.ssh import SshDevice
 
 
 class Device(Protocol):
@@ -84,4 +87,15 @@ def _connected(host: str, root: str, python: str, accept_new_host_key: bool) -> 
     """Return a machine over SSH, the same for everybody who asks, so that a run connects once."""
     from toolkit.devices.ssh import SshDevice
 
-    return SshDevice(host, root, python, accept_new_host_key)
+    device = SshDevice(host, root, python, accept_new_host_key)
+    _reached.append(device)
+    return device
+
+
+_reached: list[SshDevice] = []
+
+
+def break_off() -> None:
+    """End what other threads are doing on machines over SSH: there it is ended too, here it is a StageError."""
+    for device in _reached:
+        device.break_off()

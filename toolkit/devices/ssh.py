@@ -50,6 +50,8 @@ class SshDevice:
         self._accept_new = accept_new_host_key
         self._connecting = threading.Lock()  # a lease is renewed in a thread of its own
         self._client: paramiko.SSHClient | None = None
+        self._channels: set[paramiko.Channel] = set()
+        self._broken_off = False
         self._connected()
         self.root = root.replace("~", self._home(), 1) if root.startswith("~") else root
 
@@ -124,6 +126,18 @@ class SshDevice:
         self.run(["sh", "-c", "cd && pwd"], on_line=lines.append)
         return lines[-1]
 
+    def break_off(self) -> None:
+        """End what another thread is doing here; it hears of it by a StageError."""
+        self._broken_off = True
+        for channel in list(self._channels):
+            channel.close()
+
+    def _require_wanted(self) -> None:
+        """Raise when the work was broken off; only once, since afterwards things are put in order."""
+        if self._broken_off:
+            self._broken_off = False
+            raise StageError(f"the work on '{self.name}' was broken off")
+
     # --- programs --------------------------------------------------------------------------------------------
 
     @cached_property
@@ -177,6 +191,7 @@ class SshDevice:
         expired = threading.Event()
         stderr: list[str] = []
         process = 0
+        self._require_wanted()
         try:
             transport = self._connected().get_transport()
             assert transport is not None
@@ -188,6 +203,7 @@ class SshDevice:
 
             timer = threading.Timer(timeout, expire) if timeout else None
             try:
+                self._channels.add(channel)
                 if timer:
                     timer.start()
                 channel.exec_command(command)
@@ -207,10 +223,12 @@ class SshDevice:
             finally:
                 if timer:
                     timer.cancel()
+                self._channels.discard(channel)
                 channel.close()
                 if process:
                     self._end(process)
         except (OSError, EOFError, paramiko.SSHException) as error:
+            self._require_wanted()
             if not expired.is_set():
                 raise StageError(
                     f"the connection to '{self.name}' broke off during {what}: {error}",

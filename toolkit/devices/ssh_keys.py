@@ -6,6 +6,7 @@ import functools
 import logging
 import shlex
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from toolkit.devices.ssh_address import Address
 from toolkit.errors import StageError
 
 log = logging.getLogger(__name__)
+
+_ASKING = threading.Lock()  # a passphrase is asked for once, however many hosts are connected to at a time
 
 
 class HostKeys(paramiko.MissingHostKeyPolicy):
@@ -65,7 +68,8 @@ class Keys(AuthStrategy):
                 yield InMemoryPrivateKey(user, key)
         for path in files:
             if _public(path) not in offered:
-                found = _load(path)
+                with _ASKING:
+                    found = _load(path)
                 if found is not None:
                     yield InMemoryPrivateKey(user, found)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import ToolkitError
 from toolkit.job import Job
+from toolkit.rollout import Host
 from toolkit.stages import Runner
 
 SCHEMA = Path(__file__).with_name("run.schema.json")
@@ -17,19 +18,19 @@ _BENCH = (
 )  # fmt: skip
 
 
-def assemble(run: str, job: Job, stages: Runner, report: Path | None, error: ToolkitError | None) -> dict[str, Any]:
+def assemble(
+    run: str, job: Job, stages: Runner, hosts: Sequence[Host] | None, error: ToolkitError | None
+) -> dict[str, Any]:
     """Return the document of a run, finished or not; what was not reached is null.
 
     Args:
         run: Its name.
         job: What was asked for.
         stages: What was made.
-        report: The page, if there is one.
+        hosts: What became of a fleet's hosts; None for a run on one device.
         error: Why it ended early, if it did.
     """
     made = {name: artifact.meta for name, artifact in stages.artifacts.items()}
-    engine = stages.artifacts.get("build")
-    bench = made.get("bench")
     return {
         "format": 1,
         "run": run,
@@ -43,6 +44,16 @@ def assemble(run: str, job: Job, stages: Runner, report: Path | None, error: Too
             "pruned": _network(made.get("prune")),
             "final": _network(made.get("finetune")),
         },
+        **_made(stages, error),
+        "report": None,
+        **({} if hosts is None else {"hosts": [_host(host) for host in hosts]}),
+    }
+
+
+def _made(stages: Runner, error: ToolkitError | None) -> dict[str, Any]:
+    """Return what a device has to do with, beside the account of the stages."""
+    engine, bench = stages.artifacts.get("build"), stages.artifacts.get("bench")
+    return {
         "engine": None
         if engine is None
         else {
@@ -53,16 +64,20 @@ def assemble(run: str, job: Job, stages: Runner, report: Path | None, error: Too
             "fingerprint": engine.meta["fingerprint"],
             "sha256": engine.sha256(engine.meta["file"]),
         },
-        "bench": None if bench is None else {key: bench[key] for key in _BENCH},
+        "bench": None if bench is None else {key: bench.meta[key] for key in _BENCH},
         "verdict": stages.verdict.as_json() if stages.verdict else None,
         "commit": vars(stages.commitment) | {"release": stages.release} if stages.commitment else None,
         "stages": [
             {"name": d.name, "cached": d.cached, "seconds": d.seconds, "artifact": d.artifact} for d in stages.done
         ],
         "artifacts": {name: a.key for name, a in stages.artifacts.items()},
-        "report": str(report) if report else None,
         "error": {"message": error.message, "hint": error.hint} if error else None,
     }
+
+
+def _host(host: Host) -> dict[str, Any]:
+    told = {"host": host.name, "wave": host.wave, "status": host.status, "reason": host.reason}
+    return told | {"current": host.current} | _made(host.stages, host.error)
 
 
 def _network(meta: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from toolkit import units
@@ -110,6 +111,8 @@ _DESCRIBE: dict[str, Callable[[Mapping[str, Any]], str]] = {
 def summary(document: Mapping[str, Any]) -> str:
     """Return the end of a run for a terminal: the verdict with its lines, the commitment, the page."""
     lines = []
+    if document.get("hosts"):
+        lines += _fleet(document["hosts"])
     if document["fast"]:
         lines.append("FAST RUN: a short recipe on part of the data; its accuracy is not the model's best")
     verdict = document["verdict"]
@@ -126,3 +129,16 @@ def summary(document: Mapping[str, Any]) -> str:
     if document["report"]:
         lines.append(f"report    {document['report']}")
     return "\n".join(lines)
+
+
+def _fleet(hosts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the table of a fleet: a row a host, and how many came through."""
+    rows = [("host", "current", "p99", "result")]
+    for host in hosts:
+        p99 = host["bench"]["latency_ms"]["p99"] if host["bench"] else None
+        latency = "–" if p99 is None else f"{p99:.3f} ms"
+        rows.append((host["host"], host["current"] or "–", latency, f"{host['status']}: {host['reason']}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows]
+    counts = Counter(host["status"] for host in hosts)
+    return [*table, f"{len(hosts)} hosts: {', '.join(f'{count} {status}' for status, count in counts.items())}"]
