@@ -107,14 +107,14 @@ class Server:
         Path("/run/sshd").mkdir(exist_ok=True)
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
         mounted = f"mount --bind {self.folder}/passwd /etc/passwd && exec {SSHD} -D -e -f {self.folder}/sshd_config"
-        self.process = subprocess.Popen(
-            [*inside, "unshare", "--mount", "--propagation", "private", "sh", "-c", mounted],
-            stderr=subprocess.DEVNULL,
-        )
+        log = self.folder / "sshd.log"
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [*inside, "unshare", "--mount", "--propagation", "private", "sh", "-c", mounted], stderr=stderr
+            )
         for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex((self.address, self.port)) == 0:
-                    return
+            if b"Server listening" in log.read_bytes():  # where this machine may have no way to it
+                return
             time.sleep(0.05)
         raise AssertionError("sshd does not answer")
 

@@ -21,13 +21,14 @@ from paramiko.auth_strategy import AuthFailure
 from toolkit.devices.content import BLOCK, blocks, opened
 from toolkit.devices.ssh_address import Address
 from toolkit.devices.ssh_keys import HostKeys, Keys
+from toolkit.devices.ssh_line import dial, keep_alive
 from toolkit.errors import StageError
 from toolkit.process import Finished
 
 log = logging.getLogger(__name__)
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its tracebacks reach the user as sentences, from here
 
-_CONNECT_SECONDS, _KEEPALIVE_SECONDS = 10, 15
+_CONNECT_SECONDS = 10
 _PAUSES = (1.0, 2.0, 4.0)  # seconds between tries to connect again
 _GRACE = 5.0  # seconds that a remote program has to end what it started itself
 
@@ -78,13 +79,13 @@ class SshDevice:
         where = f"'{address.name}' ({address.user}@{address.hostname}:{address.port})"
         log.info("ssh: connecting to %s", where)
         try:
-            proxy = paramiko.ProxyCommand(address.proxy) if address.proxy else None
+            line = dial(address, timeout)
             client.connect(
                 alias or address.hostname,
                 # a name for its key stands without a port, as in OpenSSH; with a socket nothing else is meant by it
                 22 if alias else address.port,
                 address.user,
-                sock=proxy or socket.create_connection((address.hostname, address.port), timeout),
+                sock=line,
                 timeout=timeout,
                 banner_timeout=timeout,
                 auth_timeout=timeout * 3,
@@ -113,7 +114,7 @@ class SshDevice:
             ) from error
         transport = client.get_transport()
         assert transport is not None
-        transport.set_keepalive(int(address.seconds("serveraliveinterval", _KEEPALIVE_SECONDS)))
+        keep_alive(transport, line, address)
         return client
 
     def _home(self) -> str:
