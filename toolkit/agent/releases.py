@@ -159,7 +159,9 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(os.path.join(staged, "manifest.json.new"), os.path.join(staged, "manifest.json"))
-        sync(staged)
+        for top, _, _ in os.walk(staged):
+            sync(top)
+        sync(os.path.join(root, "store"))
         if staged != folder:
             os.rename(staged, folder)
         sync(os.path.join(root, "releases"))
