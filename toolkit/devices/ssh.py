@@ -193,7 +193,7 @@ class SshDevice:
                 hear(output)
                 drain.join()
                 returncode = channel.recv_exit_status()
-                if returncode == -1:
+                if returncode == -1 and not channel.eof_received:  # with it, the program was killed
                     raise EOFError("the connection was lost")
                 process = 0
             finally:
@@ -205,7 +205,8 @@ class SshDevice:
         except (OSError, EOFError, paramiko.SSHException) as error:
             if not expired.is_set():
                 raise StageError(
-                    f"the connection to '{self.name}' broke off during {what}: {error}",
+                    f"the connection to '{self.name}' broke off during {what}: "
+                    f"{getattr(error, 'strerror', None) or error}",
                     "the same command continues where it stopped",
                 ) from error
         if expired.is_set():
@@ -239,11 +240,12 @@ class SshDevice:
 
     def upload(self, source: Path | bytes, destination: str, offset: int, progress: Callable[[int], None]) -> None:
         """Copy a file or bytes there from ``offset`` on, in place; see :class:`toolkit.devices.Device`."""
-        script = 'mkdir -p -- "$1" && cat >' + (">" if offset else "") + ' "$2"'
+        # bytes go to their places, not to the end: dd moves there and copies nothing
+        script = 'mkdir -p -- "$1" && { dd bs=1 seek="$3" count=0 < /dev/null 2> /dev/null && cat; } 1<> "$2"'
         with opened(source) as file:
             file.seek(offset)
             folder = destination.rpartition("/")[0]
-            self._copy(script, [folder, destination], blocks(file, progress), destination)
+            self._copy(script, [folder, destination, str(offset)], blocks(file, progress), destination)
 
     def get(self, source: str, destination: Path) -> None:
         """Copy a file from there."""
@@ -255,7 +257,7 @@ class SshDevice:
         return self.run(["test", "-e", path]).returncode == 0
 
     def remove(self, path: str) -> None:
-        """Remove a folder and what is in it; what cannot be removed stays."""
+        """Remove a file, or a folder and what is in it; what cannot be removed stays."""
         self.run(["rm", "-rf", "--", path])
 
     def _copy(
