@@ -1,8 +1,9 @@
-"""Disturbed deliveries: tiny releases that really run, a watcher on the device, kills and cuts at random moments."""
+"""Disturbed deliveries: tiny releases that really run, a watcher on the device, kills and cuts at any moment."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -15,11 +16,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.network import Wire, processes
+from tests.network import Network, Wire, processes
 from tests.sshd import Server
 from toolkit.agent.releases import identity
 from toolkit.delivery.release import Release
@@ -52,10 +54,14 @@ def compose(folder: Path, seed: int, *, size: int, sick: bool = False) -> Releas
     images = helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["batch", 3, 8, 8])
     logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 3])
     graph = helper.make_graph(nodes, f"release {seed}", [images], [logits])
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "graph"
-    )
-    request = {"onnx": str(folder / "graph"), "out": str(folder), "threads": 1, "precision": "fp32", "batches": None}
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "graph")
+    request = {
+        "onnx": str(folder / "graph"),
+        "out": str(folder),
+        "threads": 1,
+        "precision": "fp32",
+        "batches": None,
+    }
     with contextlib.redirect_stdout(None):
         engine = ort.build(request | {"input": {"name": "images", "shape": [3, 8, 8]}})
     (folder / "graph").unlink()
@@ -129,7 +135,7 @@ class Watcher:
                         if current in [(self.root / name).readlink() for name in ("current", "previous")]:
                             self.broken.append(found)
             self.looks += 1
-            self._ended.wait(0.002)
+            self._ended.wait(0.01)
 
     def __enter__(self) -> Watcher:
         self._thread.start()
@@ -154,8 +160,8 @@ class _Stages(logging.Handler):
             print("upload" if "/incoming/" in words[-2] else "agent", flush=True)
 
 
-def deliver(host: str, folder: Path) -> int:
-    """Push a release, make it current, and remove all that are neither current nor previous."""
+def deliver(host: str, folder: Path, *, prune: bool) -> int:
+    """Push a release and make it current; ``prune`` removes all that are neither current nor previous."""
     from toolkit.delivery import release as delivery
     from toolkit.delivery import upkeep
     from toolkit.devices.agent import Agent
@@ -171,7 +177,8 @@ def deliver(host: str, folder: Path) -> int:
         agent = Agent(SshDevice(host, "~/.toolkit", sys.executable))
         print("sent", delivery.push(release, agent).sent_bytes, flush=True)
         upkeep.activate(release.id, agent)
-        upkeep.prune(agent, 0)
+        if prune:
+            upkeep.prune(agent, 0)
     except upkeep.UnhealthyError:
         return UNHEALTHY
     except StageError as error:
@@ -187,14 +194,17 @@ class Delivery:
         said: Its stages so far, and with ``sent`` how many bytes it sent.
     """
 
-    def __init__(self, host: str, folder: Path) -> None:
-        command = [sys.executable, "-m", "tests.faults", host, str(folder)]
+    def __init__(self, host: str, folder: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "tests.faults", host, str(folder), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.said: list[str] = []
         self._errors: list[str] = []
         self._threads = [
-            threading.Thread(target=lambda: self.said.extend(line.strip() for line in self.process.stdout or ())),
-            threading.Thread(target=lambda: self._errors.extend(self.process.stderr or ())),
+            threading.Thread(target=work, daemon=True)
+            for work in (
+                lambda: self.said.extend(line.strip() for line in self.process.stdout or ()),
+                lambda: self._errors.extend(self.process.stderr or ()),
+            )
         ]
         for thread in self._threads:
             thread.start()
@@ -204,6 +214,12 @@ class Delivery:
         while stage not in self.said and self.process.poll() is None:
             time.sleep(0.005)
 
+    @property
+    def sent(self) -> int:
+        """How many bytes the push sent."""
+        (word,) = [word for word in self.said if word.startswith("sent ")]
+        return int(word.split()[1])
+
     def end(self) -> tuple[int, str]:
         """Wait for it; return its exit status and what it wrote to stderr."""
         try:
@@ -211,16 +227,9 @@ class Delivery:
         finally:
             self.process.kill()
             for thread in self._threads:
-                thread.join()
+                thread.join(timeout=10)
             self.process.wait()
         return self.process.returncode, "".join(self._errors)
-
-
-def run(host: str, folder: Path) -> tuple[int, str, list[str]]:
-    """Deliver and wait; return exit status, stderr, and what was said."""
-    delivery = Delivery(host, folder)
-    status, errors = delivery.end()
-    return status, errors, delivery.said
 
 
 # --- faults ------------------------------------------------------------------------------------------------------
@@ -253,6 +262,14 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     looks: int = 0
 
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.faults + other.faults,
+            self.ended + other.ended,
+            self.wrong + other.wrong,
+            self.looks + other.looks,
+        )
+
 
 class Campaign:
     """Deliveries of several releases to a device, with a fault in most of them.
@@ -270,9 +287,9 @@ class Campaign:
         self.root = server.home(self.host) / ".toolkit"
         self.folders = [folder / f"release-{number}" for number in range(5)]
         for number, place in enumerate(self.folders):
-            compose(place, number, size=1_000_000, sick=place == self.sick)
+            compose(place, number, size=300_000, sick=place == self.sick)
         server.configure(ServerAliveInterval="1", ServerAliveCountMax="2", ConnectTimeout="3")
-        wire.slow(16)
+        wire.slow(4)
 
     @property
     def sick(self) -> Path:
@@ -304,26 +321,25 @@ class Campaign:
             time.sleep(0.005)
         return False
 
-    def run(self, count: int, progress: Any = lambda tally: None) -> Tally:
+    def run(self, count: int) -> Tally:
         """Let ``count`` faults happen; a command that did not complete comes again, until it does."""
         tally = Tally()
         for place in self.folders[:2]:
             started = time.monotonic()
-            assert run(self.host, place)[0] == 0
+            assert Delivery(self.host, place, "prune").end() == (0, "")
             usual = time.monotonic() - started
         with Watcher(self.root) as watcher:
             place = self.folders[0]
             while sum(tally.faults.values()) < count:
-                delivery = Delivery(self.host, place)
+                delivery = Delivery(self.host, place, "prune")
                 kind = self.random.choice(KINDS) if self.random.random() < 0.8 else None
                 if kind and self._hit(kind, delivery, self.random.uniform(0, usual)):
                     stage = next((word for word in reversed(delivery.said) if "sent" not in word), "start")
                     tally.faults[kind, stage] += 1
-                    progress(tally)
                 if self._settle(delivery, place, tally):
                     place = self.random.choice(self.folders)
             for place in self.folders:
-                status, errors, _ = run(self.host, place)
+                status, errors = Delivery(self.host, place, "prune").end()
                 if status != self._expected(place):
                     tally.wrong.append(f"undisturbed at the end: exit {status}: {errors}")
         current = (self.root / "current").resolve().name
@@ -352,6 +368,32 @@ class Campaign:
         return status == self._expected(place)
 
 
+def disturb(network: Network, folder: Path, devices: int, count: int, seed: int) -> Tally:
+    """Run a campaign on each of several devices at once, ``count`` faults in all; they wait more than they work."""
+    wires = [network.host() for _ in range(devices)]
+    servers = [
+        Server(folder / f"server-{number}", [f"device-{number}"], address=wire.addresses[1], namespace=wire.far)
+        for number, wire in enumerate(wires)
+    ]
+    config = folder / "config"
+    config.write_text("".join(f"Include {server.folder}/hosts\n" for server in servers))
+    os.environ["TOOLKIT_SSH_CONFIG"] = str(config)
+    try:
+        for server in servers:
+            server.start()
+        campaigns = [
+            Campaign(server, wire, folder / f"releases-{number}", seed + number)
+            for number, (server, wire) in enumerate(zip(servers, wires, strict=True))
+        ]
+        share = -(-count // devices)
+        with ThreadPoolExecutor(devices) as pool:
+            tallies = list(pool.map(lambda campaign: campaign.run(share), campaigns))
+    finally:
+        for server in servers:
+            server.stop()
+    return functools.reduce(Tally.__add__, tallies)
+
+
 def table(tally: Tally) -> str:
     """Return the faults, a line a kind."""
     stages: Sequence[str] = list(dict.fromkeys(stage for _, stage in tally.faults))
@@ -364,4 +406,4 @@ def table(tally: Tally) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(deliver(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(deliver(sys.argv[1], Path(sys.argv[2]), prune="prune" in sys.argv[3:]))

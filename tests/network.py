@@ -50,7 +50,7 @@ class Wire:
         """Bring it back, and wait until it carries."""
         _ip("link", "set", "far", "up", namespace=self.far)
         for _ in range(100):
-            if "LOWER_UP" in _ip("link", "show", self.name, namespace=self.near):
+            if all("state UP" in _ip("link", "show", end, namespace=inside) for inside, end, _ in self._ends()):
                 return
             time.sleep(0.05)
         raise AssertionError("the wire does not come up")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+import weakref
 from typing import Any
 
 import paramiko
@@ -26,6 +27,7 @@ class Line(socket.socket):
 
     limit = float("inf")
     _heard = 0.0
+    _proxy: weakref.finalize[..., Line] | None = None
 
     def recv(self, *arguments: Any) -> bytes:
         try:
@@ -43,6 +45,15 @@ class Line(socket.socket):
             self._require_life()
             raise
 
+    def end_with(self, proxy: subprocess.Popen[bytes]) -> None:
+        """End a command when this is closed, or with the program: it may wait for somebody who is gone."""
+        self._proxy = weakref.finalize(self, proxy.terminate)
+
+    def close(self) -> None:
+        super().close()
+        if self._proxy:
+            self._proxy()
+
     def _require_life(self) -> None:
         if time.monotonic() - self._heard > self.limit:
             raise ConnectionAbortedError(errno.ECONNABORTED, f"no answer for {self.limit:g} s")
@@ -59,12 +70,13 @@ def dial(address: Address, timeout: float) -> Line:
         OSError: It cannot be reached.
     """
     if address.proxy is None:
-        reached = socket.create_connection((address.hostname, address.port), timeout)
+        line = Line(fileno=socket.create_connection((address.hostname, address.port), timeout).detach())
     else:  # a socket, unlike a pipe, says at both ends when the other is gone
-        reached, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
+        line = Line(fileno=ours.detach())
+        command = ["sh", "-c", f"exec {address.proxy}"]
         with theirs:
-            subprocess.Popen(["sh", "-c", f"exec {address.proxy}"], stdin=theirs.fileno(), stdout=theirs.fileno())
-    line = Line(fileno=reached.detach())
+            line.end_with(subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno()))
     line.settimeout(timeout)
     return line
 
