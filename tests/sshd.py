@@ -110,14 +110,15 @@ class Server:
         """Start it and wait until it answers."""
         Path("/run/sshd").mkdir(exist_ok=True)
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
-        self.process = subprocess.Popen(
-            [*inside, "unshare", "--mount", "--propagation", "private", "sh", "-c", self.script()],
-            stderr=subprocess.DEVNULL,
-        )
+        log = self.folder / "sshd.log"
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [*inside, "unshare", "--mount", "--propagation", "private", "sh", "-c", self.script()],
+                stderr=stderr,
+            )
         for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex((self.address, self.port)) == 0:
-                    return
+            if b"Server listening" in log.read_bytes():  # where this machine may have no way to it
+                return
             time.sleep(0.05)
         raise AssertionError("sshd does not answer")
 

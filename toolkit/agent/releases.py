@@ -173,7 +173,9 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
         os.replace(os.path.join(staged, "manifest.json.new"), os.path.join(staged, "manifest.json"))
         if signature is not None:
             os.replace(signature, os.path.join(staged, signatures.SIGNATURE))
-        sync(staged)
+        for top, _, _ in os.walk(staged):
+            sync(top)
+        sync(os.path.join(root, "store"))
         if staged != folder:
             os.rename(staged, folder)
         sync(os.path.join(root, "releases"))

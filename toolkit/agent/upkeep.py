@@ -128,8 +128,10 @@ def _leftovers(root: str) -> list[str]:
     """Return what an install or a prune has left behind, and what lies for long where things are worked on."""
     now = time.time()
     found = [path for path in _entries(root, "releases") if path.endswith(_PARTIAL)]
-    for name in ("incoming", "building", "measured"):
+    for name in ("agents", "incoming", "building", "measured"):
         for path in _entries(root, name):
+            if name == "agents" and not os.path.basename(path).startswith("."):
+                continue  # only a copy that broke off
             touched = max(os.stat(part, follow_symlinks=False).st_mtime for part in (path, *_files(path)))
             if now - touched > _STALE_SECONDS:
                 found.append(path)

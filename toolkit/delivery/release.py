@@ -145,6 +145,8 @@ def push(
         for digest, offset in offsets.items():
             if offset < sizes[digest] or digest not in there["begun"]:
                 incoming = f"{device.root}/incoming/{digest}"
+                if not offset and digest in there["begun"]:
+                    device.remove(incoming)  # what is there is something else
                 device.upload(release.source(by_hash[digest]), incoming, offset, count)
         agent.ask("install", place | {"signature": signature})
     return Pushed(sent, there["current"], there["previous"], there["damaged"])

@@ -47,7 +47,9 @@ class Device(Protocol):
     def upload(self, source: Path | bytes, destination: str, offset: int, progress: Callable[[int], None]) -> None:
         """Copy a file or bytes there from byte ``offset`` on, making its folder; ``progress`` hears of each block.
 
-        It is written in place: what is there when this breaks off is the beginning to go on from.
+        It is written in place, and what is there stays: it is the beginning to go on from when this breaks off.
+        Two that copy the same content at once do not disturb each other, nor does one that comes late, out of a
+        connection that was given up.
         """
 
     def get(self, source: str, destination: Path) -> None:
@@ -57,7 +59,7 @@ class Device(Protocol):
         """Tell whether a file is there."""
 
     def remove(self, path: str) -> None:
-        """Remove a folder and what is in it."""
+        """Remove a file, or a folder and what is in it."""
 
 
 def open_device(host: str | None, target: Target, build: Path, root: Path | None = None) -> Device:

@@ -67,8 +67,10 @@ class LocalDevice:
         path = Path(destination)
         with disk_errors(Path(self.root), path.name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab" if offset else "wb") as there, opened(source) as here:
+            path.touch()
+            with path.open("r+b") as there, opened(source) as here:
                 here.seek(offset)
+                there.seek(offset)
                 there.writelines(blocks(here, progress))
 
     def get(self, source: str, destination: Path) -> None:
@@ -80,5 +82,8 @@ class LocalDevice:
         return Path(path).exists()
 
     def remove(self, path: str) -> None:
-        """Remove a folder and what is in it."""
-        shutil.rmtree(path, ignore_errors=True)
+        """Remove a file, or a folder and what is in it."""
+        if Path(path).is_file():
+            Path(path).unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)

@@ -21,13 +21,14 @@ from paramiko.auth_strategy import AuthFailure
 from toolkit.devices.content import BLOCK, blocks, opened
 from toolkit.devices.ssh_address import Address
 from toolkit.devices.ssh_keys import HostKeys, Keys
+from toolkit.devices.ssh_line import dial, keep_alive
 from toolkit.errors import StageError
 from toolkit.process import Finished
 
 log = logging.getLogger(__name__)
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its tracebacks reach the user as sentences, from here
 
-_CONNECT_SECONDS, _KEEPALIVE_SECONDS = 10, 15
+_CONNECT_SECONDS = 10
 _PAUSES = (1.0, 2.0, 4.0)  # seconds between tries to connect again
 _GRACE = 5.0  # seconds that a remote program has to end what it started itself
 
@@ -83,13 +84,13 @@ class SshDevice:
         where = f"'{address.name}' ({address.user}@{address.hostname}:{address.port})"
         log.info("ssh: connecting to %s", where)
         try:
-            proxy = paramiko.ProxyCommand(address.proxy) if address.proxy else None
+            line = dial(address, timeout)
             client.connect(
                 alias or address.hostname,
                 # a name for its key stands without a port, as in OpenSSH; with a socket nothing else is meant by it
                 22 if alias else address.port,
                 address.user,
-                sock=proxy or socket.create_connection((address.hostname, address.port), timeout),
+                sock=line,
                 timeout=timeout,
                 banner_timeout=timeout,
                 auth_timeout=timeout * 3,
@@ -118,7 +119,7 @@ class SshDevice:
             ) from error
         transport = client.get_transport()
         assert transport is not None
-        transport.set_keepalive(int(address.seconds("serveraliveinterval", _KEEPALIVE_SECONDS)))
+        keep_alive(transport, line, address)
         return client
 
     def _home(self) -> str:
@@ -217,7 +218,7 @@ class SshDevice:
                 hear(output)
                 drain.join()
                 returncode = channel.recv_exit_status()
-                if returncode == -1:
+                if returncode == -1 and not channel.eof_received:  # with it, the program was killed
                     raise EOFError("the connection was lost")
                 process = 0
             finally:
@@ -231,7 +232,8 @@ class SshDevice:
             self._require_wanted()
             if not expired.is_set():
                 raise StageError(
-                    f"the connection to '{self.name}' broke off during {what}: {error}",
+                    f"the connection to '{self.name}' broke off during {what}: "
+                    f"{getattr(error, 'strerror', None) or error}",
                     "the same command continues where it stopped",
                 ) from error
         if expired.is_set():
@@ -265,11 +267,12 @@ class SshDevice:
 
     def upload(self, source: Path | bytes, destination: str, offset: int, progress: Callable[[int], None]) -> None:
         """Copy a file or bytes there from ``offset`` on, in place; see :class:`toolkit.devices.Device`."""
-        script = 'mkdir -p -- "$1" && cat >' + (">" if offset else "") + ' "$2"'
+        # bytes go to their places, not to the end: dd moves there and copies nothing
+        script = 'mkdir -p -- "$1" && { dd bs=1 seek="$3" count=0 < /dev/null 2> /dev/null && cat; } 1<> "$2"'
         with opened(source) as file:
             file.seek(offset)
             folder = destination.rpartition("/")[0]
-            self._copy(script, [folder, destination], blocks(file, progress), destination)
+            self._copy(script, [folder, destination, str(offset)], blocks(file, progress), destination)
 
     def get(self, source: str, destination: Path) -> None:
         """Copy a file from there."""
@@ -281,7 +284,7 @@ class SshDevice:
         return self.run(["test", "-e", path]).returncode == 0
 
     def remove(self, path: str) -> None:
-        """Remove a folder and what is in it; what cannot be removed stays."""
+        """Remove a file, or a folder and what is in it; what cannot be removed stays."""
         self.run(["rm", "-rf", "--", path])
 
     def _copy(
