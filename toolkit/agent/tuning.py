@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from . import releases
-from .knobs import KNOBS, Knob, Root, chosen
+from .knobs import KNOBS, Knob, chosen
+from .programs import Root
 from .protocol import Refusal
 
 _JOURNAL = "tuning.json"
