@@ -22,7 +22,7 @@ from tests.sshd import Server, needs_sshd
 from tests.test_adopt import network
 from tests.test_run import SCHEMA
 from toolkit import devices
-from toolkit.agent import PROTOCOL, knobs, tuning
+from toolkit.agent import PROTOCOL, knobs, programs, tuning
 from toolkit.agent.protocol import Refusal
 from toolkit.devices.agent import Agent
 from toolkit.devices.local import LocalDevice
@@ -205,7 +205,7 @@ def test_what_stays_what_it_was_is_refused_with_both(jetson: Machine, as_root: N
 
 def test_a_device_without_modes_or_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(knobs, "_SYSTEM", "")
+    monkeypatch.setattr(programs, "_SYSTEM", "")
     monkeypatch.setattr(knobs, "_GOVERNORS", str(tmp_path / "*"))
     for request, words, key in (
         (ask("MAXN"), "the device has no power modes", "power_mode"),

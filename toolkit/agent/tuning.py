@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from . import releases
-from .knobs import KNOBS, Knob, Root, chosen
+from .knobs import KNOBS, Knob, chosen
+from .programs import Root
 from .protocol import Refusal
 
 _JOURNAL = "tuning.json"
@@ -47,9 +48,9 @@ def applied(root: str, request: dict[str, Any]) -> Iterator[dict[str, dict[str, 
     """
     tools = Root(root, request["sudo"])
     knobs = chosen(tools, request["power_mode"], request["clocks"])
-    asked = [knob for knob in knobs if knob.wanted]
-    wanted = {knob.name: knob.wanted for knob in asked}
-    if all(knob.show(knob.read()) == knob.wanted for knob in asked):
+    wanted = {knob.name: words for knob in knobs if (words := knob.wanted)}
+    asked = [knob for knob in knobs if knob.name in wanted]
+    if all(knob.show(knob.read()) == wanted[knob.name] for knob in asked):
         yield {"set": wanted, "found": wanted}
         return
     found = [(knob, knob.read()) for knob in knobs]
@@ -63,12 +64,12 @@ def applied(root: str, request: dict[str, Any]) -> Iterator[dict[str, dict[str, 
             knob.write()
         for knob in asked:
             got = knob.show(knob.read())
-            if got != knob.wanted:
+            if got != wanted[knob.name]:
                 raise Refusal(
-                    "{} should be {} and stays {}".format(knob.name, knob.wanted, got),
+                    "{} should be {} and stays {}".format(knob.name, wanted[knob.name], got),
                     "look for what else sets it on the device, or leave it out in the target file",
                 )
-        yield {"set": wanted, "found": {knob.name: knob.show(state) for knob, state in found if knob.wanted}}
+        yield {"set": wanted, "found": {knob.name: knob.show(state) for knob, state in found if knob in asked}}
 
 
 @contextlib.contextmanager
