@@ -218,7 +218,7 @@ def test_an_environment_that_broke_is_made_again(bench: Bench) -> None:
 
 def test_the_agent_without_numpy_says_so(bench: Bench) -> None:
     with pytest.raises(StageError, match="the Python on the device has no NumPy") as error:
-        bench.agent.ask("build", {"runtime": "onnxruntime"})
+        bench.agent.ask("build", {"runtime": "onnxruntime", "root": str(bench.root)})
     assert error.value.hint == "toolkit provision TARGET"
 
 
@@ -351,7 +351,7 @@ def test_the_host_is_killed_while_it_sends(server: Server, tmp_path: Path, shelf
     process.kill()
     process.wait()
     assert not (held.parent / "environment").exists()
-    done = run_toolkit(tmp_path, *command[3:])
+    done = run_toolkit(tmp_path, *command[3:], "--steal")  # the killed one's lease has not expired yet
     assert done.returncode == 0, done.stderr
     assert (held.parent / "environment" / "bin" / "python").exists()
     damaged = held / "numpy-1.0-py3-none-any.whl"
