@@ -253,12 +253,15 @@ def test_a_wheel_that_there_is_not(tmp_path: Path, shelf: Path) -> None:
     assert not list((tmp_path / "cache").glob("*.whl"))
 
 
-def test_wheels_from_a_folder_are_kept(tmp_path: Path, shelf: Path) -> None:
+def test_wheels_from_a_folder(tmp_path: Path, shelf: Path) -> None:
     found: Any = SimpleNamespace(python="3.11.2", arch="x86_64", libc="glibc 2.36")
     wanted = dict.fromkeys(ORDINARY, "")
-    names = [path.name for path in wheels.gather(wanted, found, tmp_path / "cache", shelf)]
-    assert sorted(path.name for path in shelf.iterdir()) == names
-    assert [path.name for path in wheels.gather(wanted, found, tmp_path / "cache", None)] == names
+    taken = wheels.gather(wanted, found, tmp_path / "cache", shelf)
+    assert [path.name for path in taken] == sorted(path.name for path in shelf.iterdir())
+    assert wheels.gather(wanted, found, tmp_path / "cache", shelf) == taken
+    changed = make_wheel(shelf, "numpy", "numpy", "version = 2\n")
+    again = {path.name: path for path in wheels.gather(wanted, found, tmp_path / "cache", shelf)}
+    assert again[changed.name].read_bytes() == changed.read_bytes()
 
 
 def test_without_a_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
