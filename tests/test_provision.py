@@ -218,7 +218,7 @@ def test_an_environment_that_broke_is_made_again(bench: Bench) -> None:
 
 def test_the_agent_without_numpy_says_so(bench: Bench) -> None:
     with pytest.raises(StageError, match="the Python on the device has no NumPy") as error:
-        bench.agent.ask("build", {"runtime": "onnxruntime"})
+        bench.agent.ask("build", {"runtime": "onnxruntime", "root": str(bench.root)})
     assert error.value.hint == "toolkit provision TARGET"
 
 
@@ -253,12 +253,15 @@ def test_a_wheel_that_there_is_not(tmp_path: Path, shelf: Path) -> None:
     assert not list((tmp_path / "cache").glob("*.whl"))
 
 
-def test_wheels_from_a_folder_are_kept(tmp_path: Path, shelf: Path) -> None:
+def test_wheels_from_a_folder(tmp_path: Path, shelf: Path) -> None:
     found: Any = SimpleNamespace(python="3.11.2", arch="x86_64", libc="glibc 2.36")
     wanted = dict.fromkeys(ORDINARY, "")
-    names = [path.name for path in wheels.gather(wanted, found, tmp_path / "cache", shelf)]
-    assert sorted(path.name for path in shelf.iterdir()) == names
-    assert [path.name for path in wheels.gather(wanted, found, tmp_path / "cache", None)] == names
+    taken = wheels.gather(wanted, found, tmp_path / "cache", shelf)
+    assert [path.name for path in taken] == sorted(path.name for path in shelf.iterdir())
+    assert wheels.gather(wanted, found, tmp_path / "cache", shelf) == taken
+    changed = make_wheel(shelf, "numpy", "numpy", "version = 2\n")
+    again = {path.name: path for path in wheels.gather(wanted, found, tmp_path / "cache", shelf)}
+    assert again[changed.name].read_bytes() == changed.read_bytes()
 
 
 def test_without_a_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +335,7 @@ def test_the_whole_job_on_a_device_that_had_nothing(server: Server, finished_cop
     assert again.returncode == 0, again.stderr
     assert "orin is provisioned already" in again.stdout
     changed = {path for path in root.rglob("*") if made.get(path) != path.lstat().st_mtime_ns}
-    assert changed <= {root / "lock"}
+    assert changed <= {root / "lock", root / "lease.lock"}
     assert run_toolkit(finished_copy, "doctor", "tiny").returncode == 0
     ran = run_toolkit(finished_copy, "run", "tiny", "--precision", "int8", "--json")
     assert ran.returncode == 0, ran.stderr
@@ -351,7 +354,7 @@ def test_the_host_is_killed_while_it_sends(server: Server, tmp_path: Path, shelf
     process.kill()
     process.wait()
     assert not (held.parent / "environment").exists()
-    done = run_toolkit(tmp_path, *command[3:])
+    done = run_toolkit(tmp_path, *command[3:], "--steal")  # the killed one's lease has not expired yet
     assert done.returncode == 0, done.stderr
     assert (held.parent / "environment" / "bin" / "python").exists()
     damaged = held / "numpy-1.0-py3-none-any.whl"

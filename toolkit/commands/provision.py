@@ -58,8 +58,11 @@ def _provisioned(target: Target, wheels: Path | None, claim: Claim, build: Path)
     if target.host in (None, "local"):
         return "this machine runs the toolkit's own Python: there is nothing to provision"
     device, console = open_device(target.host, target, build), Console()
+    with console.progress("provision") as progress:
+        progress(0, 0, "looking for wheels")
+        order = delivery.choose(device, target, build / "wheels", wheels)
     holding = lease.held(device, f"toolkit provision {target.name}", claim, console)
     with holding, console.progress("provision") as progress:
-        done = delivery.provision(device, target, build / "wheels", wheels, progress)
-    verb = "provisioned" if done.changed else "is provisioned already:"
-    return f"{device.name} {verb} {', '.join(done.packages)}"
+        changed = delivery.provision(device, order, progress)
+    verb = "provisioned" if changed else "is provisioned already:"
+    return f"{device.name} {verb} {', '.join(order.packages)}"

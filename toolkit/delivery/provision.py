@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from toolkit import doctor, units
 from toolkit.agent import facts
@@ -25,40 +26,37 @@ _MODULES = {
 
 
 @dataclass(frozen=True)
-class Provisioned:
-    """What provisioning did.
+class Order:
+    """What a device's environment is to be made of.
 
     Attributes:
-        changed: Whether an environment was made; False where it was there and works.
-        packages: Name and version of all that is in it.
-        sent_bytes: How much was sent.
+        python: Python there that it is made from.
+        wheels: Every wheel by its file name.
+        request: What the agent is asked for, without where.
     """
 
-    changed: bool
-    packages: list[str]
-    sent_bytes: int
+    python: str
+    wheels: dict[str, Path]
+    request: dict[str, Any]
+
+    @property
+    def packages(self) -> list[str]:
+        """Name and version of all that will be in it."""
+        return [" ".join(name.split("-")[:2]) for name in self.wheels if not name.startswith("pip-")]
 
 
-def provision(
-    device: Device,
-    target: Target,
-    cache: Path,
-    source: Path | None = None,
-    progress: Progress = lambda done, total, text: None,
-) -> Provisioned:
-    """Give a device what a target's releases need, beside what was provisioned there before.
+def choose(device: Device, target: Target, cache: Path, source: Path | None = None) -> Order:
+    """Find the wheels that a target's releases need on a device, beside what was provisioned there before.
 
     Args:
-        device: Where.
+        device: Which is looked at, and nothing changed there.
         target: Its runtime decides what, its ``python`` for which Python.
         cache: Folder where wheels are kept.
         source: Folder to take the wheels from, instead of pip's index.
-        progress: Told how far it is.
 
     Raises:
         UsageError: ``source`` is no folder.
-        StageError: The device has no suitable Python or no room, a wheel cannot be had, or does not work there;
-            what was there before is still in use.
+        StageError: The device has no suitable Python, or a wheel cannot be had.
     """
     found = probe(device, target.python)
     check = doctor.python(found)
@@ -68,43 +66,48 @@ def provision(
     requirements = before.get("requirements", {}) | needs(target, found, device.name)
     system = target.runtime == "tensorrt" or before.get("system", False)
     modules = [_MODULES[name] for name in sorted(requirements)]
-    progress(0, 0, "looking for wheels")
     chosen = {path.name: path for path in wheels.gather(requirements, found, cache, source)}
-    order = {
-        "root": device.root,
+    request = {
         "wheels": {name: sha256_file(path) for name, path in chosen.items()},
         "requirements": requirements,
         "modules": [*modules, "tensorrt"] if system and found.tensorrt_python else modules,
         "system": system,
     }
-    agent = Agent(device, target.python)
-    done = agent.ask("provision", order, progress=progress)
-    missing = [chosen[name] for name in done["missing"]]
+    return Order(target.python, chosen, request)
+
+
+def provision(device: Device, order: Order, progress: Progress = lambda done, total, text: None) -> bool:
+    """Give a device its environment; returns whether anything had to be done.
+
+    Raises:
+        StageError: The device has no room, or a wheel does not work there; what was there before is still in use.
+    """
+    agent = Agent(device, order.python)
+    request = order.request | {"root": device.root}
+    done = agent.ask("provision", request, progress=progress)
+    missing = [order.wheels[name] for name in done["missing"]]
+    if not missing:
+        return bool(done["changed"])
     total = sum(path.stat().st_size for path in missing)
-    if missing:
-        needed = total + sum(wheels.installed_bytes(path) for path in chosen.values())
-        if needed > done["free_bytes"]:
-            raise StageError(
-                f"{device.name} has {units.size(done['free_bytes'])} free below {device.root}, and the runtime "
-                f"needs {units.size(needed)}",
-                "free space there, or name another root in the target file",
-            )
-        sent = 0
+    needed = total + sum(wheels.installed_bytes(path) for path in order.wheels.values())
+    if needed > done["free_bytes"]:
+        raise StageError(
+            f"{device.name} has {units.size(done['free_bytes'])} free below {device.root}, and the runtime "
+            f"needs {units.size(needed)}",
+            "free space there, or name another root in the target file",
+        )
+    sent = 0
 
-        def count(block: int) -> None:
-            nonlocal sent
-            sent += block
-            progress(sent, total, "bytes sent")
+    def count(block: int) -> None:
+        nonlocal sent
+        sent += block
+        progress(sent, total, "bytes sent")
 
-        for path in missing:
-            device.upload(path, f"{device.root}/wheels/{path.name}", 0, count)
-        done = agent.ask("provision", order, progress=progress)
-        if done["missing"]:
-            raise StageError(
-                f"{', '.join(done['missing'])} arrived damaged on {device.name}", "run the same command again"
-            )
-    packages = [" ".join(name.split("-")[:2]) for name in chosen if not name.startswith("pip-")]
-    return Provisioned(done["changed"], packages, total)
+    for path in missing:
+        device.upload(path, f"{device.root}/wheels/{path.name}", 0, count)
+    if damaged := agent.ask("provision", request, progress=progress)["missing"]:
+        raise StageError(f"{', '.join(damaged)} arrived damaged on {device.name}", "run the same command again")
+    return True
 
 
 def needs(target: Target, found: Probe, where: str) -> dict[str, str]:

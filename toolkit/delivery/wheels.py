@@ -38,11 +38,14 @@ def gather(requirements: Mapping[str, str], found: Probe, cache: Path, source: P
         raise UsageError(f"--wheels {source} is not a folder", "name the folder that the wheels lie in")
     wanted = [f"{name}{version}" for name, version in sorted(requirements.items())] + ["pip"]
     choice = _choice(found)
-    key = hashlib.sha256(json.dumps([wanted, choice]).encode()).hexdigest()[:16]
+    there = (
+        [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _wheels(source)] if source else None
+    )
+    key = hashlib.sha256(json.dumps([wanted, choice, there]).encode()).hexdigest()[:16]
     folder, partial = cache / key, cache / f"{key}.partial"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{key}.lock"):
-        if source is not None or not folder.exists():
+        if not folder.exists():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             where = ["--no-index", "--find-links", str(source)] if source else ["--find-links", str(partial)]
@@ -51,8 +54,11 @@ def gather(requirements: Mapping[str, str], found: Probe, cache: Path, source: P
                     named = name + requirements[name]
                     _pip(["wheel", "--no-deps", "--wheel-dir", str(partial), named], found, source)
             _pip(["download", *where, *choice, "--dest", str(partial), *wanted], found, source)
-            shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
+    return _wheels(folder)
+
+
+def _wheels(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.whl"))
 
 
