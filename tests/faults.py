@@ -27,6 +27,7 @@ from toolkit.agent.releases import identity
 from toolkit.delivery.release import Release
 
 KINDS = ("host", "session", "agent", "short cut", "long cut")
+STAGES = ("connect", "inventory", "upload", "install", "activate", "prune")
 UNHEALTHY = 3  # how a delivery ends whose release does not run
 _PATIENCE = 60.0  # seconds after which a command that was disturbed counts as hung
 
@@ -299,10 +300,11 @@ class Campaign:
     def _expected(self, folder: Path) -> int:
         return UNHEALTHY if folder == self.sick else 0
 
-    def _hit(self, kind: str, delivery: Delivery, after: float) -> bool:
-        """Do something to a delivery after some seconds; say whether there was anything to do it to."""
+    def _hit(self, kind: str, delivery: Delivery) -> bool:
+        """Do something to a delivery at a random moment; say whether there was anything to do it to."""
+        delivery.reach(self.random.choice(STAGES))
         with contextlib.suppress(subprocess.TimeoutExpired):
-            delivery.process.wait(after)
+            delivery.process.wait(self.random.uniform(0, 0.6))
         while delivery.process.poll() is None:
             if kind == "host":
                 delivery.process.kill()
@@ -325,18 +327,16 @@ class Campaign:
         """Let ``count`` faults happen; a command that did not complete comes again, until it does."""
         tally = Tally()
         for place in self.folders[:2]:
-            started = time.monotonic()
             assert Delivery(self.host, place, "prune").end() == (0, "")
-            usual = time.monotonic() - started
         with Watcher(self.root) as watcher:
             place = self.folders[0]
             while sum(tally.faults.values()) < count:
                 delivery = Delivery(self.host, place, "prune")
                 kind = self.random.choice(KINDS) if self.random.random() < 0.8 else None
-                if kind and self._hit(kind, delivery, self.random.uniform(0, usual)):
+                if kind and self._hit(kind, delivery):
                     stage = next((word for word in reversed(delivery.said) if "sent" not in word), "start")
                     tally.faults[kind, stage] += 1
-                if self._settle(delivery, place, tally):
+                if self._settle(delivery, place, kind, tally):
                     place = self.random.choice(self.folders)
             for place in self.folders:
                 status, errors = Delivery(self.host, place, "prune").end()
@@ -350,7 +350,7 @@ class Campaign:
         tally.looks = watcher.looks
         return tally
 
-    def _settle(self, delivery: Delivery, place: Path, tally: Tally) -> bool:
+    def _settle(self, delivery: Delivery, place: Path, kind: str | None, tally: Tally) -> bool:
         """Note how a delivery ended; say whether it was complete."""
         try:
             status, errors = delivery.end()
@@ -361,8 +361,8 @@ class Campaign:
             tally.ended["completed"] += 1
         elif status == -signal.SIGKILL:
             tally.ended["killed"] += 1
-        elif status == 1 and "hint: " in errors:
-            tally.ended["said why"] += 1
+        elif (status == 1 and "hint: " in errors) or (status == UNHEALTHY and kind == "agent"):
+            tally.ended["said why"] += 1  # to a check that is killed the release does not run
         else:
             tally.wrong.append(f"exit {status}: {errors}")
         return status == self._expected(place)
