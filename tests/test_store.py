@@ -113,6 +113,18 @@ def test_rerun_replaces(store: Store) -> None:
     assert found.meta == {"answer": 1}
 
 
+def test_a_rerun_makes_it_anew_once_for_all_who_share_the_store(store: Store) -> None:
+    made = []
+
+    def make(work: Work) -> dict[str, Any]:
+        made.append(1)
+        return {}
+
+    for rerun in (False, True, True):
+        store.produce("stage", "k", make, config={}, inputs={}, rerun=rerun)
+    assert len(made) == 2
+
+
 def test_a_newer_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "store.json").write_text('{"format": 99}')
     with pytest.raises(UsageError, match="format 99"):

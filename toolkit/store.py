@@ -136,7 +136,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._making: set[tuple[str, str]] = set()
-        self._made: set[tuple[str, str]] = set()
+        self._remade: set[tuple[str, str]] = set()
         marker = root / "store.json"
         try:
             version = json.loads(marker.read_text())["format"] if marker.exists() else FORMAT
@@ -232,12 +232,12 @@ class Store:
             inputs: Recorded beside the result.
             fast: Whether the result comes from a fast run.
             amount: How much work it is, in a unit of the stage's own; later plans estimate time from it.
-            rerun: Make it anew even where it is, unless this store object made it: hosts of a fleet share it.
+            rerun: Make it anew even where it is; once by this store object, which the hosts of a fleet share.
             progress: Handed to ``make``.
             warn: Told of a damaged artifact and of waiting for another process.
         """
         with disk_errors(self.root, f"stage '{stage}'"), self._locked(stage, key, progress, warn):
-            if not rerun or (stage, key) in self._made:
+            if not rerun or (stage, key) in self._remade:
                 try:
                     if found := self.lookup(stage, key):
                         return found
@@ -254,7 +254,8 @@ class Store:
                 stage, key, work, meta, time.monotonic() - started, config, inputs, fast, amount
             )
             shutil.rmtree(work.resume, ignore_errors=True)
-            self._made.add((stage, key))
+            if rerun:
+                self._remade.add((stage, key))
             return artifact
 
     def _commit(
