@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,9 @@ recipe: {epochs: 3, finetune_epochs: 2, batch: 32, train_images: 320, search_ima
 benchmark: {warmup: 20 ms, duration: 100 ms, queries: 400, batches: [1, 4]}
 contract: {latency_p99: 1 s, max_accuracy_drop: 100 %, engine_size: 50 MB}
 """
+
+# a shell that starts the tests in the background has told them to ignore Ctrl-C, and so what they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Toolkit = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -202,6 +202,23 @@ def test_a_committed_release_that_does_not_run_gives_way_to_what_was_current(age
     assert (commitment.current, commitment.previous) == links(root) == (one, None)
 
 
+def test_a_switch_that_died_before_its_last_check_is_checked_by_the_next_run(agent: Agent, root: Path) -> None:
+    one, _ = links(root)
+    good, sick = another(root, 2), another(root, 3, model=b"no graph at all")
+    job: Any = SimpleNamespace(fast=False, allow_fast=False)
+    verdict: Any = SimpleNamespace(status="passed")
+    stages: Any = None
+    for release, expected in ((sick, (one, None)), (good, (good.id, one))):
+        delivery.push(release, agent)
+        switch(release.id, agent)
+        pushed = delivery.push(release, agent)
+        assert pushed.unchecked
+        commitment = pipeline.commit(job, stages, verdict, release, agent.device, pushed)
+        assert commitment.committed == commitment.healthy == (release is good)
+        assert (commitment.current, commitment.previous) == links(root) == expected
+        assert not delivery.push(release, agent).unchecked
+
+
 def test_a_broken_contract_stays_where_it_is_when_the_previous_release_does_not_run(
     agent: Agent, root: Path
 ) -> None:

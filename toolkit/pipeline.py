@@ -376,7 +376,7 @@ def commit(
         return Commitment(False, "the contract is broken; what was current stays", current, previous)
     if job.fast and not job.allow_fast:
         return Commitment(False, "a fast run is not committed without --allow-fast", current, previous)
-    if current == release.id:
+    if current == release.id and not pushed.unchecked:
         return Commitment(True, "it is the current release already", current, previous)
     try:
         switched = upkeep.activate(release.id, Agent(device))

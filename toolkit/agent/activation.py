@@ -33,7 +33,7 @@ def activate(request: dict[str, Any]) -> dict[str, Any]:
         releases.restore(dict(request, was=was))
         raise
     if problem is None:
-        return dict(releases.links(request["root"]), problem=None)
+        return dict(releases.confirm(request), problem=None)
     try:
         return dict(releases.restore(dict(request, was=was)), problem=problem)
     except Refusal as second:

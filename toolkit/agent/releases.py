@@ -4,6 +4,7 @@ ROOT/incoming/<sha256>   what the host has sent and nobody has verified yet
 ROOT/store/<sha256>      verified content, once
 ROOT/releases/<id>/      hard links into the store, manifest.json, and its signature where it has one
 ROOT/current, previous   symlinks to a release
+ROOT/unchecked.json      the switch whose last check has not ended yet, and what was before it
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from . import signatures
 from .protocol import Refusal
 
 FORMAT = 1  # of the manifest
+_UNCHECKED = "unchecked.json"
 
 
 def digest(path: str) -> str:
@@ -90,7 +92,7 @@ def inventory(request: dict[str, Any]) -> dict[str, Any]:
         ``missing`` (SHA-256 of content to send), ``begun`` (what an earlier push has sent of it: SHA-256 of the
         content to ``bytes`` and ``sha256`` of its beginning), ``signed_by`` (None when its signature is missing or
         does not count), ``guarded`` (whether releases have to be signed here), ``current``, ``previous``,
-        ``free_bytes``.
+        ``free_bytes``, ``unchecked`` (whether the last check of the switch to ``current`` never ended).
     """
     root, manifest = request["root"], request["manifest"]
     for folder in ("incoming", "store", "releases"):
@@ -121,6 +123,7 @@ def inventory(request: dict[str, Any]) -> dict[str, Any]:
         "signed_by": signed["signed_by"],
         "guarded": signatures.guarded(root),
         "free_bytes": shutil.disk_usage(root).free,
+        "unchecked": _unchecked(root) is not None,
         **links(root),
     }
 
@@ -166,11 +169,7 @@ def install(request: dict[str, Any]) -> dict[str, Any]:
                 os.unlink(path + ".new")
             os.link(content, path + ".new")
             os.replace(path + ".new", path)
-        with open(os.path.join(staged, "manifest.json.new"), "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(os.path.join(staged, "manifest.json.new"), os.path.join(staged, "manifest.json"))
+        _write(os.path.join(staged, "manifest.json"), manifest)
         if signature is not None:
             os.replace(signature, os.path.join(staged, signatures.SIGNATURE))
         for top, _, _ in os.walk(staged):
@@ -254,7 +253,8 @@ def switch(request: dict[str, Any]) -> dict[str, Any]:
         request: ``root`` and ``id``.
 
     Returns:
-        ``current``, ``previous``, and ``was``: both as they were before, for :func:`restore`.
+        ``current``, ``previous``, and ``was``: both as they were before, for :func:`restore`; before the first
+        try, where an earlier one has ended before its last check.
 
     Raises:
         Refusal: The release is not here, or not whole.
@@ -262,8 +262,11 @@ def switch(request: dict[str, Any]) -> dict[str, Any]:
     root, wanted = request["root"], request["id"]
     with locked(root):
         require_whole(os.path.join(root, "releases", wanted))
-        was = links(root)
-        if was["current"] != wanted:
+        was, begun = links(root), _unchecked(root)
+        if was["current"] == wanted:
+            was = begun or was
+        else:
+            _write(os.path.join(root, _UNCHECKED), {"id": wanted, "was": was})
             if was["current"] is not None:
                 _point(root, "previous", was["current"])
             _point(root, "current", wanted)
@@ -293,8 +296,42 @@ def restore(request: dict[str, Any]) -> dict[str, Any]:
                 else:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(os.path.join(root, name))
-            sync(root)
+            _forget(root)
         return links(root)
+
+
+def confirm(request: dict[str, Any]) -> dict[str, Any]:
+    """Note that the last check of the switch to ``id`` has ended well; returns ``current`` and ``previous``."""
+    root = request["root"]
+    with locked(root):
+        if _linked(root, "current") == request["id"]:
+            _forget(root)
+        return links(root)
+
+
+def _unchecked(root: str) -> dict[str, Any] | None:
+    """Return what was before the switch to what is current, when its last check has not ended."""
+    try:
+        with open(os.path.join(root, _UNCHECKED), encoding="utf-8") as file:
+            begun = json.load(file)
+    except FileNotFoundError:
+        return None
+    return dict(begun["was"]) if begun["id"] == _linked(root, "current") else None
+
+
+def _forget(root: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(root, _UNCHECKED))
+    sync(root)
+
+
+def _write(path: str, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader sees all of it or what was there before."""
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".new", path)
 
 
 def _point(root: str, name: str, release: str) -> None:

@@ -41,12 +41,21 @@ class Release:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did."""
+    """What a push did, and what it found.
+
+    Attributes:
+        sent_bytes: How much was sent.
+        current: The release that is current.
+        previous: The one before.
+        repaired: Files of the release that were damaged.
+        unchecked: Whether the last check of the switch to ``current`` never ended.
+    """
 
     sent_bytes: int
     current: str | None
     previous: str | None
     repaired: list[str]
+    unchecked: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,7 @@ def push(
                     device.remove(incoming)  # what is there is something else
                 device.upload(release.source(by_hash[digest]), incoming, offset, count)
         agent.ask("install", place | {"signature": signature})
-    return Pushed(sent, there["current"], there["previous"], there["damaged"])
+    return Pushed(sent, there["current"], there["previous"], there["damaged"], there["unchecked"])
 
 
 def _verified(release: Release, name: str, begun: dict[str, Any] | None) -> int:
