@@ -24,8 +24,9 @@ benchmark: {warmup: 20 ms, duration: 100 ms, queries: 400, batches: [1, 4]}
 contract: {latency_p99: 1 s, max_accuracy_drop: 100 %, engine_size: 50 MB}
 """
 
-# a shell that starts the tests in the background has told them to ignore Ctrl-C, and so what they start
+# whoever starts the tests in the background has told them to ignore these, and so what they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 Toolkit = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -143,8 +143,18 @@ def test_the_lease_of_who_was_killed_expires(hold: Start, root: Path, toolkit: T
     first = hold(seconds=4.0)
     first.kill()
     first.wait()
-    assert (root / "lease").exists()
+    lease = json.loads((root / "lease").read_text())
+    (root / "lease").write_text(json.dumps(lease | {"process": "of another machine 1"}))
+    refused = toolkit(*PRUNE)
+    assert refused.returncode == 1, "nobody here knows that it was killed"
     assert toolkit(*PRUNE, "--wait", "1m").returncode == 0
+
+
+def test_who_was_killed_on_this_machine_is_in_nobodys_way(hold: Start, root: Path, toolkit: Toolkit) -> None:
+    first = hold()
+    first.kill()  # nobody has heard of it yet: it is a zombie
+    assert toolkit(*PRUNE).returncode == 0
+    assert not (root / "lease").exists()
 
 
 def test_ctrl_c_gives_it_back(hold: Start, root: Path) -> None:
@@ -187,7 +197,7 @@ def test_who_holds_no_lease_changes_nothing_meanwhile(hold: Start, root: Path, t
 
 
 def test_a_measurement_that_somebody_disturbed_does_not_count(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    claim = {"root": str(root), "token": "mine", "holder": "me", "seconds": 60, "steal": False}
+    claim = {"root": str(root), "token": "mine", "holder": "me", "process": "1", "seconds": 60, "steal": False}
     leases.take(claim)
 
     def disturbed(request: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +210,7 @@ def test_a_measurement_that_somebody_disturbed_does_not_count(root: Path, monkey
 
 
 def test_what_counts_is_the_clock_that_nobody_sets(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = {"root": str(root), "token": "1", "holder": "first", "seconds": 60, "steal": False}
+    first = {"root": str(root), "token": "1", "holder": "first", "process": "1", "seconds": 60, "steal": False}
     second = first | {"token": "2", "holder": "second"}
     now, boot, wall = leases._clock(), leases._boot(), time.time()
     assert leases.take(first) == {"taken": True, "held": None, "kept": True}
@@ -210,6 +220,7 @@ def test_what_counts_is_the_clock_that_nobody_sets(root: Path, monkeypatch: pyte
     monkeypatch.setattr(leases, "_clock", lambda: now + 50)
     assert leases.take(second)["held"] == {
         "holder": "first",
+        "process": "1",
         "age": pytest.approx(50, abs=1),
         "left": pytest.approx(10, abs=1),
     }

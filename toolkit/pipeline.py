@@ -371,7 +371,7 @@ def commit(
                 upkeep.activate(previous, Agent(device))
             except UnhealthyError as problem:
                 reason = f"the contract is broken, and there is no way back: {problem.message}"
-                return Commitment(False, reason, current, previous, healthy=False)
+                return Commitment(False, reason, problem.current, problem.previous, healthy=False)
             return Commitment(False, f"the contract is broken; back to release {previous}", previous, current)
         return Commitment(False, "the contract is broken; what was current stays", current, previous)
     if job.fast and not job.allow_fast:
@@ -381,7 +381,7 @@ def commit(
     try:
         switched = upkeep.activate(release.id, Agent(device))
     except UnhealthyError as problem:
-        return Commitment(False, problem.message, current, previous, healthy=False)
+        return Commitment(False, problem.message, problem.current, problem.previous, healthy=False)
     return Commitment(True, "it kept its contract", switched["current"], switched["previous"])
 
 

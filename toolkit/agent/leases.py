@@ -23,8 +23,9 @@ def take(request: dict[str, Any]) -> dict[str, Any]:
     """Take the lease, if it is free or to be stolen.
 
     Args:
-        request: ``root``, ``token`` (a secret of the holder's), ``holder`` (who, in words), ``seconds`` (how long
-            it lasts), ``steal`` (whether it is taken from whoever holds it).
+        request: ``root``, ``token`` (a secret of the holder's), ``holder`` (who, in words), ``process`` (who, for
+            machines), ``seconds`` (how long it lasts), ``steal`` (whether it is taken from whoever holds it),
+            ``died`` (a process that it is taken from in any case).
 
     Returns:
         ``taken``; ``held``: who holds it, or held it until now, as :func:`show` says it; ``kept``: False where the
@@ -34,13 +35,13 @@ def take(request: dict[str, Any]) -> dict[str, Any]:
     with _locked(root):
         there = _read(root)
         held = None if there is None or there["token"] == request["token"] else _shown(there)
-        if held and not request["steal"]:
+        if held and not request["steal"] and held["process"] != request.get("died"):
             return {"taken": False, "held": held, "kept": False}
         if held:
             with open(os.path.join(root, "lease.log"), "a", encoding="utf-8") as file:
                 file.write("{} {} took over from {}\n".format(_wall(0), request["holder"], held["holder"]))
         try:
-            _write(root, request["holder"], request["token"], request["seconds"], _wall(0), _clock())
+            _write(root, request, _wall(0), _clock())
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -55,7 +56,7 @@ def renew(request: dict[str, Any]) -> dict[str, Any]:
         there = _read(root)
         if there is None or there["token"] != request["token"]:
             return {"mine": False}
-        _write(root, there["holder"], there["token"], request["seconds"], there["since"], there["taken"])
+        _write(root, dict(there, seconds=request["seconds"]), there["since"], there["taken"])
     return {"mine": True}
 
 
@@ -70,7 +71,7 @@ def give_back(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(request: dict[str, Any]) -> dict[str, Any]:
-    """Return ``held``: None, or ``holder``, ``age`` and ``left``: seconds since when and until when."""
+    """Return ``held``: None, or ``holder``, ``process``, ``age`` and ``left``: seconds since when and until when."""
     there = _read(request["root"])
     return {"held": _shown(there) if there else None}
 
@@ -115,19 +116,25 @@ def _shown(lease: dict[str, Any]) -> dict[str, Any] | None:
     left = lease["expires"] - _clock()
     if lease["boot"] != _boot() or left <= 0:
         return None
-    return {"holder": lease["holder"], "age": _clock() - lease["taken"], "left": left}
+    return {
+        "holder": lease["holder"],
+        "process": lease["process"],
+        "age": _clock() - lease["taken"],
+        "left": left,
+    }
 
 
-def _write(root: str, holder: str, token: str, seconds: float, since: str, taken: float) -> None:
+def _write(root: str, claim: dict[str, Any], since: str, taken: float) -> None:
     path = os.path.join(root, "lease")
     lease = {
-        "holder": holder,
-        "token": token,
+        "holder": claim["holder"],
+        "process": claim["process"],
+        "token": claim["token"],
         "since": since,
-        "until": _wall(seconds),
+        "until": _wall(claim["seconds"]),
         "boot": _boot(),
         "taken": taken,
-        "expires": _clock() + seconds,
+        "expires": _clock() + claim["seconds"],
     }
     with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump(lease, file)

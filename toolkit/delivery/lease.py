@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from toolkit.console import Console
@@ -64,6 +65,7 @@ def held(device: Device, doing: str, claim: Claim = Claim(), console: Console | 
         "root": machine.root,
         "token": token,
         "holder": f"{me()} ({doing}, {os.getpid()})",
+        "process": _process(os.getpid()),
         "seconds": SECONDS,
     }
     if not _take(agent, request, claim, console or Console(quiet=True)):
@@ -105,6 +107,9 @@ def _take(agent: Agent, request: dict[str, Any], claim: Claim, console: Console)
     """Take the lease; return whether there was room for it."""
     name = agent.device.name
     answer = agent.ask("take-lease", request | {"steal": claim.steal})
+    if not answer["taken"] and (died := _died(answer["held"]["process"])):
+        log.info("whoever held %s has died on this machine", name)
+        answer = agent.ask("take-lease", request | {"steal": False, "died": died})
     if not answer["taken"] and claim.wait:
         began = time.monotonic()
         with console.progress("lease") as progress:
@@ -120,6 +125,24 @@ def _take(agent: Agent, request: dict[str, Any], claim: Claim, console: Console)
     if answer["held"]:
         log.warning("%s was taken over from %s", name, _words(answer["held"]))
     return bool(answer["kept"])
+
+
+def _process(pid: int) -> str | None:
+    """Return what a process is called that no other is, also not after a reboot or in a container; None if dead."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+    state, started = fields[0], fields[19]
+    return None if state == "Z" else f"{boot} {Path('/proc/self/ns/pid').readlink()} {started} {pid}"
+
+
+def _died(process: str) -> str | None:
+    """Return a process that was one of this machine's and is not any more; None where that is not known."""
+    boot, namespace, _, pid = process.split()
+    mine = str(_process(os.getpid())).split()
+    return process if [boot, namespace] == mine[:2] and _process(int(pid)) != process else None
 
 
 def _renew(agent: Agent, request: dict[str, Any], ended: threading.Event) -> None:

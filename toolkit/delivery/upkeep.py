@@ -66,7 +66,17 @@ class Pruned:
 
 
 class UnhealthyError(StageError):
-    """A release does not run, and what was current before the switch to it is so again."""
+    """A release does not run, and what was current before the switch to it is so again.
+
+    Attributes:
+        current: The release that is current.
+        previous: The one before.
+    """
+
+    def __init__(self, message: str, hint: str | None, current: str | None, previous: str | None) -> None:
+        super().__init__(message, hint)
+        self.current = current
+        self.previous = previous
 
 
 def listed(agent: Agent) -> list[Installed]:
@@ -125,7 +135,8 @@ def activate(release_id: str, agent: Agent) -> dict[str, Any]:
     if problem := found["problem"]:
         current = found["current"]
         state = f"release {current} is current again" if current else "no release is current, as before"
-        raise UnhealthyError(f"release {release_id} does not run ({problem['message']}); {state}", problem["hint"])
+        message = f"release {release_id} does not run ({problem['message']}); {state}"
+        raise UnhealthyError(message, problem["hint"], current, found["previous"])
     return found
 
 
