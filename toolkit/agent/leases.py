@@ -71,7 +71,7 @@ def give_back(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(request: dict[str, Any]) -> dict[str, Any]:
-    """Return ``held``: None, or ``holder``, ``process``, ``age`` and ``left``: seconds since when and until when."""
+    """Return ``held``: None, or ``holder``, ``process``, and ``age`` and ``left`` in seconds."""
     there = _read(request["root"])
     return {"held": _shown(there) if there else None}
 
