@@ -41,8 +41,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	@$(BIN)/toolkit run host-cpu --data digits
 
+# a worker a core; threads that wait for each other by spinning would slow the others down
 test: install
-	@$(BIN)/python -m pytest $(call given,ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(call given,ARGS)
 
 test-containers: install
 	@$(BIN)/python -m pytest -m containers $(call given,ARGS)
