@@ -22,10 +22,14 @@ import jsonschema
 import pytest
 
 from tests.conftest import PROFILE, TARGET, run_toolkit, write_job
+from tests.faults import compose, problem
 from tests.sshd import Server, needs_sshd
 from toolkit.commands.options import target_from
 from toolkit.config import Target
-from toolkit.delivery import fleet
+from toolkit.delivery import fleet, upkeep
+from toolkit.delivery import release as delivery
+from toolkit.devices import open_device
+from toolkit.devices.agent import Agent
 from toolkit.errors import StageError, UsageError
 from toolkit.report import document
 
@@ -133,6 +137,35 @@ def test_waves_are_for_a_fleet_that_commits(job: Path) -> None:
         assert result.returncode == 2, result.stderr
         assert words in result.stderr
         assert "Traceback" not in result.stderr
+
+
+@needs_sshd
+def test_fifty_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release that runs is pushed, verified and switched to on each; those that have it get nothing again."""
+    hosts = [f"device{number}" for number in range(50)]
+    server = Server(tmp_path / "ssh", hosts)
+    monkeypatch.setenv("TOOLKIT_SSH_CONFIG", str(server.config))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    release = compose(tmp_path / "release", 1, size=20_000)
+    target = Target(name="fifty", profile="none", runtime="onnxruntime", python=sys.executable)
+
+    def push(host: str) -> int:
+        return delivery.push(release, Agent(open_device(host, target, tmp_path))).sent_bytes
+
+    def deliver(host: str) -> str:
+        sent = push(host)
+        assert sent > 20_000
+        activated = upkeep.activate(release.id, Agent(open_device(host, target, tmp_path)))
+        return str(activated["current"])
+
+    server.start()
+    try:
+        assert fleet.each(hosts, deliver, 8) == dict.fromkeys(hosts, release.id)
+        assert fleet.each(hosts, push, 8) == dict.fromkeys(hosts, 0)
+    finally:
+        server.stop()
+    for host in hosts:
+        assert problem((server.home(host) / ".toolkit" / "current").resolve(strict=True)) is None
 
 
 # --- real devices --------------------------------------------------------------------------------------------

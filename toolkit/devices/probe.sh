@@ -11,7 +11,7 @@ probe() {
     echo "distribution=$(. /etc/os-release && echo "$PRETTY_NAME")"
     echo "processor=$(cpuinfo 'model name')"
     echo "flags=$(cpuinfo flags)$(cpuinfo Features)"
-    echo "cores=$(nproc || grep -c '^processor' /proc/cpuinfo)"
+    echo "cores=$(unset OMP_NUM_THREADS; nproc || grep -c '^processor' /proc/cpuinfo)"
     echo "memory_kb=$(sed -n 's/^MemTotal: *\([0-9]*\).*/\1/p' /proc/meminfo)"
     echo "libc=$(getconf GNU_LIBC_VERSION || ldd --version 2>&1 | sed -n 's/^Version /musl /p')"
     echo "load=$(cut -d ' ' -f 1 /proc/loadavg)"

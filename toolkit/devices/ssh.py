@@ -104,6 +104,11 @@ class SshDevice:
                 f"find out why; only if it was set up anew: ssh-keygen -R '{error.hostname}'",
             ) from error
         except (AuthFailure, paramiko.AuthenticationException) as error:
+            if "saw EOF" in str(error) or "timeout" in str(error):  # paramiko has no other way to say it
+                raise StageError(
+                    f"{where} cannot be reached: the connection was lost while it looked at the keys",
+                    f"check that 'ssh {address.name} true' works",
+                ) from error
             raise StageError(
                 f"{where} takes none of the keys that this user has",
                 f"ssh-copy-id {address.name}, or ssh-add the key; passwords are not used",
