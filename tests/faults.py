@@ -155,7 +155,7 @@ class _Stages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         words = record.getMessage().split()
-        if words[0] == "run":
+        if words[0] == "run" and words[-1].isalpha():
             print(words[-1], flush=True)
         elif words[0] == "copy":
             print("upload" if "/incoming/" in words[-2] else "agent", flush=True)

@@ -129,6 +129,7 @@ def test_a_full_disk_is_a_sentence(device: ContainerDevice, tmp_path: Path) -> N
     try:
         agent = Agent(device)
         manifest = {"id": "0" * 16, "files": {}}
+        agent.ask("inventory", {"root": device.root, "manifest": manifest})
         agent.ask("install", {"root": device.root, "manifest": manifest})
         fill = ["dd", "if=/dev/zero", f"of={device.root}/full"]
         assert b"No space left" in subprocess.run(fill, capture_output=True).stderr

@@ -34,6 +34,7 @@ class ContainerDevice:
         self.gpu = gpu
         self.root = inner.root
         self.name = f"container {image} on {inner.name}"
+        self._has_root = False
 
     @property
     def lease(self) -> str | None:
@@ -61,6 +62,12 @@ class ContainerDevice:
         digest = next(iter(image.get("RepoDigests") or ()), image.get("Id", "")).rpartition("@")[2]
         return f"{self.image}@{digest}"
 
+    def _make_root(self) -> None:
+        """Make the folder that is mounted, once: docker does not."""
+        if not self._has_root:
+            self.inner.run(["mkdir", "-p", "--", self.root])
+            self._has_root = True
+
     def command(self, argv: Sequence[str], name: str, env: Mapping[str, str] | None = None) -> list[str]:
         """Return the command that runs a program in a container of that name."""
         mounts, home = [self.root], f"{self.root}/home"
@@ -81,6 +88,7 @@ class ContainerDevice:
         Raises:
             StageError: The container could not be started, or the program ran past ``timeout``.
         """
+        self._make_root()
         name = containers.unique_name()
         command = self.command(argv, name, {"TOOLKIT_IMAGE": self._identity})
         ended = False
