@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +24,15 @@ needs_sshd = pytest.mark.skipif(
 
 def keygen(*arguments: str) -> None:
     subprocess.run(["ssh-keygen", "-q", *arguments], check=True)
+
+
+def free_port() -> int:
+    """A port that no connection of another test is given in the meantime, as one the kernel chooses would be."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
@@ -53,9 +63,7 @@ class Server:
         self.users = users
         self.address = address
         self.namespace = namespace
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         for name in ("host_key", "id_ed25519", "id_rsa", "id_ecdsa", "stranger"):
             kind = {"id_rsa": "rsa", "id_ecdsa": "ecdsa"}.get(name, "ed25519")
             keygen("-t", kind, "-N", "", "-f", str(folder / name))
@@ -116,11 +124,13 @@ class Server:
                 [*inside, "unshare", "--mount", "--propagation", "private", "sh", "-c", self.script()],
                 stderr=stderr,
             )
-        for _ in range(100):
+        for _ in range(600):
             if b"Server listening" in log.read_bytes():  # where this machine may have no way to it
                 return
+            if self.process.poll() is not None:
+                break
             time.sleep(0.05)
-        raise AssertionError("sshd does not answer")
+        raise AssertionError(f"sshd does not answer: {log.read_text()}")
 
     def sessions(self) -> list[int]:
         """The processes that serve its connections."""
