@@ -258,6 +258,15 @@ def under_way(host: str, folder: Path, root: Path) -> Delivery:
     raise AssertionError("no delivery comes through")
 
 
+def answers(server: Server) -> bool:
+    """Whether this machine reaches a server; some networks have a gateway that takes any connection."""
+    try:
+        with socket.create_connection((server.address, server.port), timeout=1) as connection:
+            return connection.recv(4) == b"SSH-"
+    except OSError:
+        return False
+
+
 def test_a_device_behind_another(network: Network, server: Server, wire: Wire, tmp_path: Path) -> None:
     """Only the first one can reach it, and whatever breaks on the way is noticed."""
     one = tmp_path / "one"
@@ -270,8 +279,7 @@ def test_a_device_behind_another(network: Network, server: Server, wire: Wire, t
     inner.start()
     root = inner.home("inner") / ".toolkit"
     try:
-        with pytest.raises(OSError):  # noqa: PT011
-            socket.create_connection((inner.address, inner.port), timeout=1)
+        assert not answers(inner)
         far.slow(8)
         for breaks in (far, wire):
             delivery = under_way("inner", one, root)

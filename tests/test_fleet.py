@@ -232,11 +232,13 @@ def test_each_host_stands_for_itself(server: Server, folder: Path) -> None:
     told, hosts = run(folder, "run", "tiny", code=1)
     assert list(hosts) == ["a", "c", "gone", "b"]
     assert [host["status"] for host in hosts.values()] == ["committed", "failed", "failed", "committed"]
-    assert "bytes free and the release needs" in hosts["c"]["error"]["message"]
+    # it may also be the one that builds
+    no_room = r"bytes free and the release needs|there is no room left for"
+    assert re.search(no_room, hosts["c"]["error"]["message"])
     assert "Connection refused" in hosts["gone"]["error"]["message"]
     assert current(server, "a") == current(server, "b") == hosts["a"]["commit"]["release"]
     built = [stage["cached"] for host in hosts.values() for stage in host["stages"] if stage["name"] == "build"]
-    assert sorted(built) == [False, True, True], "built once, for all three that answer"
+    assert built.count(False) == 1, "built once, for all that have room"
     assert hosts["a"]["artifacts"]["bench"] != hosts["b"]["artifacts"]["bench"], "each is measured"
     assert {stage["name"] for stage in told["stages"]} >= {"train", "quantize"}
 

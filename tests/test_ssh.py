@@ -246,9 +246,11 @@ def test_an_interruption_ends_the_program_there(connect: Callable[..., SshDevice
 
 def test_a_lost_connection_is_made_again(server: Server, connect: Callable[..., SshDevice]) -> None:
     device = connect()
-    threading.Timer(1, server.stop).start()
+    stops = threading.Timer(1, server.stop)
+    stops.start()
     with pytest.raises(StageError, match="the connection to 'orin' broke off during sleep"):
         device.run(["sleep", "30"])
+    stops.join()
     server.start()
     assert device.run(["true"]).returncode == 0
     assert not device.exists(f"{device.root}/none")
