@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo 'error: no virtual environment can be made; on Debian: apt-get install python3-venv' >&2; exit 2; }
 	@echo 'installing into $(VENV): PyTorch and its libraries are several gigabytes, this takes a few minutes'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,rtx]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,openvino,rtx]'
 	@touch $@
 
 demo: install

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import PROFILE, TARGET, Toolkit, run_toolkit, write_job
 
-HEAVY = ("torch", "modelopt", "onnx", "onnxruntime", "paramiko", "numpy", "pydantic", "matplotlib", "sklearn")
+HEAVY = ("torch", "modelopt", "onnx", "onnxruntime", "paramiko", "numpy", "pydantic", "vl_convert", "sklearn")
 ROOT = Path(__file__).parent.parent
 ONNX = [
     "run",

@@ -35,6 +35,12 @@ def test_every_shipped_file_is_valid(kind: str) -> None:
         ("flops: 60%\nrecipes: {digits: {epoch: 2}}\n", "a recipe has no key 'epoch'; did you mean 'epochs'?"),
         ("flops: 60%\nrecipes: {digit: {epochs: 2}}\n", "no data set is called 'digit'; did you mean 'digits'?"),
         ("flops: 60%\nbenchmark:\n  batches: [1, 0]\n", ":3: benchmark.batches.1"),
+        (
+            "flops: 60%\ncontract:\n  power: 10 mJ\n",
+            ":3: contract.power: unit 'mJ' is not known here; write one of W",
+        ),
+        ("flops: 60%\ncontract:\n  confidence: 100 %\n", ":3: contract.confidence: input should be less than 1"),
+        ("flops: 60%\ncontract: {scenario: DutyCycle}\n", ":1: a contract on DutyCycle needs"),
     ],
 )
 def test_what_is_wrong_in_a_profile_is_named_with_file_and_line(tmp_path: Path, text: str, expected: str) -> None:

@@ -269,7 +269,7 @@ def test_a_push_and_what_is_done_once(server: Server, folder: Path) -> None:
     assert hosts == {}
     plan = run_toolkit(folder, "plan", "tiny", "--hosts", "d,e", "--precision", "int8").stdout.splitlines()
     assert plan[0] == "on d, the first of 2 hosts"
-    assert [line.split()[0] for line in plan if "would" in line] == ["push", "bench", "report"]
+    assert [line.split()[0] for line in plan if "would" in line] == ["push", "bench", "compare", "report"]
 
 
 @needs_sshd
@@ -356,7 +356,7 @@ def test_an_unchanged_rollout_imports_nothing_heavy(server: Server, folder: Path
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True, env=os.environ
     )
     loaded = result.stderr.splitlines()[-1]
-    for heavy in ("torch", "modelopt", "onnx", "onnxruntime", "matplotlib", "sklearn"):
+    for heavy in ("torch", "modelopt", "onnx", "onnxruntime", "vl_convert", "sklearn"):
         assert f"'{heavy}'" not in loaded
 
 

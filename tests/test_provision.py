@@ -253,6 +253,21 @@ def test_a_wheel_that_there_is_not(tmp_path: Path, shelf: Path) -> None:
     assert not list((tmp_path / "cache").glob("*.whl"))
 
 
+def test_a_python_that_openvino_has_no_wheel_for(tmp_path: Path, shelf: Path) -> None:
+    made = make_wheel(shelf, "openvino", "openvino", version="2025.2.0")
+    made.rename(shelf / "openvino-2025.2.0-1-cp310-cp310-manylinux_2_31_aarch64.whl")
+    wanted = dict.fromkeys(("numpy", "pillow"), "") | {"openvino": ">=2025.0"}
+    focal: Any = SimpleNamespace(python="3.8.10", arch="aarch64", libc="glibc 2.31")
+    with pytest.raises(StageError) as error:
+        wheels.gather(wanted, focal, tmp_path / "cache", shelf)
+    assert error.value.message == (
+        f"there is no wheel of openvino>=2025.0 for Python 3.8.10 on aarch64 with glibc 2.31 in {shelf}"
+    )
+    assert "name another Python there (python: in the target file)" in str(error.value.hint)
+    newer: Any = SimpleNamespace(python="3.10.12", arch="aarch64", libc="glibc 2.35")
+    assert len(wheels.gather(wanted, newer, tmp_path / "cache", shelf)) == 4
+
+
 def test_wheels_from_a_folder(tmp_path: Path, shelf: Path) -> None:
     found: Any = SimpleNamespace(python="3.11.2", arch="x86_64", libc="glibc 2.36")
     wanted = dict.fromkeys(ORDINARY, "")

@@ -188,14 +188,18 @@ def test_the_health_check_names_what_is_damaged(agent: Agent, root: Path, name: 
         agent.ask("health", place)
 
 
+def there(agent: Agent, release: Any, pushed: Pushed) -> Any:
+    """What the pipeline's end takes of a delivery."""
+    return SimpleNamespace(release=release, device=agent.device, pushed=pushed)
+
+
 def test_a_committed_release_that_does_not_run_gives_way_to_what_was_current(agent: Agent, root: Path) -> None:
     one, _ = links(root)
     sick = another(root, 3, model=b"no graph at all")
     pushed = delivery.push(sick, agent)
     job: Any = SimpleNamespace(fast=False, allow_fast=False)
     verdict: Any = SimpleNamespace(status="passed")
-    stages: Any = None
-    commitment = pipeline.commit(job, stages, verdict, sick, agent.device, pushed)
+    commitment = pipeline.commit(job, verdict, there(agent, sick, pushed))
     assert not commitment.committed
     assert not commitment.healthy
     assert f"release {sick.id} does not run" in commitment.reason
@@ -207,13 +211,12 @@ def test_a_switch_that_died_before_its_last_check_is_checked_by_the_next_run(age
     good, sick = another(root, 2), another(root, 3, model=b"no graph at all")
     job: Any = SimpleNamespace(fast=False, allow_fast=False)
     verdict: Any = SimpleNamespace(status="passed")
-    stages: Any = None
     for release, expected in ((sick, (one, None)), (good, (good.id, one))):
         delivery.push(release, agent)
         switch(release.id, agent)
         pushed = delivery.push(release, agent)
         assert pushed.unchecked
-        commitment = pipeline.commit(job, stages, verdict, release, agent.device, pushed)
+        commitment = pipeline.commit(job, verdict, there(agent, release, pushed))
         assert commitment.committed == commitment.healthy == (release is good)
         assert (commitment.current, commitment.previous) == links(root) == expected
         assert not delivery.push(release, agent).unchecked
@@ -229,8 +232,7 @@ def test_a_broken_contract_stays_where_it_is_when_the_previous_release_does_not_
     current: Any = SimpleNamespace(id=one)
     job: Any = SimpleNamespace()
     verdict: Any = SimpleNamespace(status="failed")
-    stages: Any = None
-    commitment = pipeline.commit(job, stages, verdict, current, agent.device, Pushed(0, one, sick, []))
+    commitment = pipeline.commit(job, verdict, there(agent, current, Pushed(0, one, sick, [])))
     assert "the contract is broken, and there is no way back" in commitment.reason
     assert not commitment.healthy
     assert links(root) == (one, sick)

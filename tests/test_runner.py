@@ -96,6 +96,18 @@ def test_results_are_not_overwritten_by_the_next_run(load: Load) -> None:
     np.testing.assert_array_equal(first, kept)
 
 
+def test_a_prepared_query_copies_its_images_each_time(load: Load, tmp_path: Path) -> None:
+    session = load()
+    batch = images(3)
+    query, other = session.prepare(batch), session.prepare(images(1))
+    for _ in range(2):
+        np.testing.assert_array_equal(query(), reference(tmp_path / "model.onnx", images(3)))
+        np.testing.assert_array_equal(other(), reference(tmp_path / "model.onnx", images(1)))
+    batch[:] = batch[::-1].copy()
+    np.testing.assert_array_equal(query(), reference(tmp_path / "model.onnx", images(3)[::-1]))
+    session.close()
+
+
 def test_a_cuda_graph_replays_what_was_captured(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     session = load()
     session.run(images(3))
@@ -242,19 +254,33 @@ def test_the_agent_builds_and_measures(device: LocalDevice, tmp_path: Path) -> N
         "release": str(release),
         "out": str(tmp_path / "out"),
         "warmup_ms": 1,
-        "duration_ms": 20,
-        "queries": 30,
-        "batches": [1, 8, 64],
+        "scenarios": [
+            {"name": "SingleStream", "duration_ms": 20, "queries": 30},
+            *({"name": "Offline", "batch": batch, "duration_ms": 20} for batch in (1, 8, 64)),
+        ],
+        "evaluate": True,
+        "profile": False,
         "tuning": {"power_mode": None, "clocks": None, "sudo": False},
     }
     measured = agent.ask("bench", order)
-    assert measured["accuracy"] == 1
-    assert [entry["batch"] for entry in measured["throughput"]] == [1, 8], "the engine takes 8 at most"
+    assert [entry["batch"] for entry in measured["scenarios"]] == [1, 1, 8]
+    assert measured["not_measured"] == {"Offline-64": "the engine takes batches of 8 at most"}
+    assert measured["conditions"]["affinity"] is None, "the GPU computes"
+    assert measured["ran"] == {
+        "provider": "TensorRT 10.3.0.30",
+        "threads": None,
+        "precision": {"fp16": 2},
+        "fallback": [],
+    }
     assert measured["settings"]["cuda_graph"] is True
     assert measured["provider"] == "TensorRT 10.3.0.30"
     assert measured["layers"] == built["layers"] == {"checked": 2, "unknown": [], "other": {}}
     np.testing.assert_allclose(np.load(tmp_path / "out" / "logits.npy"), answers, atol=1e-3)
-    assert len(np.load(tmp_path / "out" / "latencies.npy")) >= 30
+    assert len(np.load(tmp_path / "out" / "SingleStream.npy")) >= 30
+    compared = agent.ask(
+        "compare", order | {"releases": [str(release)] * 2, "duration_ms": 50, "period_ms": None, "seed": 2}
+    )
+    assert min(compared["queries"]) >= 5
 
     description = json.loads((release / "engine.json").read_text())
     description["fingerprint"]["gpu"] = ORIN["name"]

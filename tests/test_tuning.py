@@ -358,18 +358,22 @@ def measuring_agent(jetson: Machine, tmp_path: Path) -> Iterator[subprocess.Pope
         [sys.executable, Agent(device).place, "bench"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert agent.stdin
-    agent.stdin.write(bench_request(device, release.id, MAXN, duration_ms=60_000))
+    lasting = [{"name": "SingleStream", "duration_ms": 60_000, "queries": 1}]
+    agent.stdin.write(bench_request(device, release.id, MAXN, scenarios=lasting))
     agent.stdin.close()
     assert jetson.waits_for(LOCKED)
     assert agent.stdout
-    assert json.loads(agent.stdout.readline())["text"] == "SingleStream"
+    while json.loads(agent.stdout.readline())["text"] != "SingleStream, 60 s":
+        pass
     yield agent
     agent.kill()
     agent.wait()
 
 
 def guardian_of(agent: int) -> int:
-    (guardian,) = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    """Return the child that is not telemetry's."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    (guardian,) = (child for child in children if b"tuning.guard" in Path(f"/proc/{child}/cmdline").read_bytes())
     return int(guardian)
 
 

@@ -15,6 +15,11 @@ from toolkit import units
         ("60M", units.FLOPS, 60e6),
         (1000, units.FLOPS, 1000),
         ("1000 samples/s", units.RATE, 1000),
+        ("10 W", units.WATTS, 10),
+        ("500 mW", units.WATTS, 0.5),
+        ("5 mJ", units.MILLIJOULES, 5),
+        ("0.2 J", units.MILLIJOULES, 200),
+        ("70 µJ", units.MILLIJOULES, 0.07),
     ],
 )
 def test_parse(text: object, table: dict[str, float], value: float) -> None:

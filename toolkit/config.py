@@ -22,7 +22,7 @@ from toolkit import units
 from toolkit.errors import UsageError
 
 Precision = Literal["fp32", "fp16", "int8"]
-RuntimeName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 
 
 def _read(table: dict[str, float]) -> BeforeValidator:
@@ -37,6 +37,8 @@ Milliseconds = Annotated[float, _read(units.MILLISECONDS), _write("ms")]
 Bytes = Annotated[float, _read(units.BYTES), _write("MB", 1e-6)]
 Fraction = Annotated[float, _read(units.FRACTION), _write("%", 100)]
 Rate = Annotated[float, _read(units.RATE), _write("samples/s")]
+Watts = Annotated[float, _read(units.WATTS), _write("W")]
+Millijoules = Annotated[float, _read(units.MILLIJOULES), _write("mJ")]
 
 
 class Strict(BaseModel):
@@ -111,15 +113,23 @@ class Contract(Strict):
     max_accuracy_drop: Fraction | None = None
     peak_memory: Bytes | None = None
     engine_size: Bytes | None = None
+    power: Watts | None = None
+    energy: Millijoules | None = None
+    max_regression: Fraction | None = None
+    scenario: Literal["SingleStream", "DutyCycle"] = "SingleStream"
+    confidence: Annotated[Fraction, Field(ge=0.5, lt=1)] = 0.95
 
 
 class Benchmark(Strict):
     """How long and with which batches the device is measured."""
 
-    warmup: Milliseconds = 500.0
+    warmup: Milliseconds = 10_000.0
     duration: Milliseconds = 2000.0
     queries: int = Field(default=1000, ge=1)
+    rounds: int = Field(default=3, ge=1)
     batches: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 8, 32], min_length=1)
+    time_limit: Milliseconds = 60_000.0
+    period: Annotated[Milliseconds, Field(gt=0)] | None = None
 
 
 class Profile(Strict):
@@ -138,6 +148,12 @@ class Profile(Strict):
     fast: Fast = Fast()
     contract: Contract = Contract()
     benchmark: Benchmark = Benchmark()
+
+    @model_validator(mode="after")
+    def _check_scenario(self) -> Profile:
+        if self.contract.scenario == "DutyCycle" and self.benchmark.period is None:
+            raise ValueError("a contract on DutyCycle needs the time between two queries: benchmark.period: 33 ms")
+        return self
 
     @field_validator("recipes")
     @classmethod
@@ -168,6 +184,7 @@ Where = Literal["host", "container", "device", "ahead-of-time"]
 # where each runtime's engines can be built, the natural place first
 PLACES: dict[str, tuple[Where, ...]] = {
     "onnxruntime": ("device", "host"),
+    "openvino": ("device", "host"),
     "tensorrt": ("device", "container", "host"),
     "tensorrt-rtx": ("ahead-of-time", "container", "device"),
 }
@@ -228,7 +245,7 @@ class Target(Strict):
             raise ValueError(
                 f"a {self.runtime} engine is not built '{build.where}'; it is built in one of: {known}"
             )
-        if self.runtime != "onnxruntime" and self.compute_capability is None:
+        if not self.on_cpu and self.compute_capability is None:
             raise ValueError(f"a target of {self.runtime} needs its GPU's compute_capability, as sm_87")
         if build.hardware_compatibility == "ampere+" and self.capability < 80:
             raise ValueError("hardware_compatibility 'ampere+' is for sm_80 and newer GPUs")
@@ -237,6 +254,11 @@ class Target(Strict):
         if build.dla_core is not None and self.arch != "aarch64":
             raise ValueError("only Jetson modules have a DLA; leave dla_core out")
         return self
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether its releases run on the CPU."""
+        return self.runtime in ("onnxruntime", "openvino")
 
     @property
     def capability(self) -> int:

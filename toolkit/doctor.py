@@ -15,7 +15,7 @@ from toolkit.checks import Check
 from toolkit.config import Target
 from toolkit.devices import Device
 from toolkit.devices.probe import Probe, probe
-from toolkit.engines.places import NAMES
+from toolkit.engines.places import INSTALL, NAMES
 from toolkit.errors import StageError
 
 _BUILD_BYTES = 500e6, 5e9  # a run of the digits; one of CIFAR-10 with some garbage
@@ -23,11 +23,6 @@ _RELEASE_BYTES = 20e6, 1e9  # the smallest release, with the agent; two large on
 _SKEW_SECONDS = 5.0
 _HOT = 80.0  # °C; the modules throttle between 90 and 100
 _OLDEST_PYTHON = (3, 8)
-_INSTALL = {
-    "onnxruntime": "python3 -m pip install onnxruntime",
-    "tensorrt": "install it, or build in a container (build: {where: container} in the target file)",
-    "tensorrt-rtx": "python3 -m pip install tensorrt-rtx-cu13",
-}
 
 
 def examine_host(build: Path, target: Target | None = None) -> list[Check]:
@@ -52,7 +47,7 @@ def examine_host(build: Path, target: Target | None = None) -> list[Check]:
         return [*checks, *containers.examine(target)]
     version = facts.runtimes().get(target.runtime)
     where = "on this machine, which builds the engines"
-    return [*checks, _runtime(target, version, where, _INSTALL[target.runtime])]
+    return [*checks, _runtime(target, version, where, INSTALL[target.runtime])]
 
 
 def examine_device(device: Device, target: Target) -> tuple[Probe | None, list[Check]]:
@@ -88,7 +83,7 @@ def judge(found: Probe, target: Target, root: str) -> list[Check]:
     if contained:
         checks.append(_container(found, target))
     else:
-        hint = _remedy(target, _INSTALL[target.runtime])
+        hint = _remedy(target, INSTALL[target.runtime])
         checks.append(_runtime(target, found.runtimes.get(target.runtime), "there", hint))
         if target.runtime == "tensorrt" and not found.tensorrt_python:
             checks.append(_trtexec(found))
@@ -164,7 +159,7 @@ def _system(found: Probe, target: Target) -> Check:
 
 def _gpu(found: Probe, target: Target) -> Iterator[Check]:
     names = ", ".join(f"{gpu['name']} ({gpu['compute_capability']})" for gpu in found.gpus)
-    wanted = target.compute_capability if target.runtime != "onnxruntime" else None
+    wanted = None if target.on_cpu else target.compute_capability
     if wanted in (None, *(gpu["compute_capability"] for gpu in found.gpus)):
         if names:
             yield Check("gpu", "pass", names)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from toolkit import __version__
 from toolkit.compression import data as datasets
-from toolkit.compression import models
+from toolkit.compression import models, training
 from toolkit.compression.data import Images
 from toolkit.config import Model
 from toolkit.errors import StageError
@@ -60,7 +60,11 @@ def export(work: Work, data: Artifact, model: Model, tuned: Artifact) -> dict[st
     """
     classes = data.meta["classes"]
     size = data.meta["input_size"]
-    network = models.restore(model, len(classes), tuned.file("model.pth")).eval()
+    if "model.safetensors" in tuned.files:  # it was never pruned
+        network = training.load_baseline(tuned, data, model)
+    else:
+        network = models.restore(model, len(classes), tuned.file("model.pth"))
+    network.eval()
     wrapped = _WithPreprocessing(network, data.meta["mean"], data.meta["std"]).eval()
     path = work.out / "model.onnx"
     try:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from toolkit import pipeline
+from toolkit import networks, pipeline
 from toolkit.board import Board, HostConsole
 from toolkit.delivery import fleet, upkeep
 from toolkit.delivery.release import Commitment
 from toolkit.devices.agent import Agent
 from toolkit.errors import StageError, ToolkitError, UsageError
 from toolkit.job import Job
+from toolkit.networks import Networks
 from toolkit.stages import Reached, Runner
 
 Status = Literal["committed", "done", "not committed", "failed", "rolled back", "not reached"]
@@ -95,7 +96,7 @@ class Rollout:
         board = Board(stages.console, names)
         cut = [names] if waves is None else fleet.waves(waves, names)
         hosts = [
-            Host(name, number, console := HostConsole(board, name), stages.for_host(console))
+            Host(name, number, console := HostConsole(board, name), stages.aside(console))
             for number, wave in enumerate(cut, 1)
             for name in wave
         ]
@@ -112,14 +113,14 @@ class Rollout:
         with self.board.shown():
             self._each(self.hosts, lambda host: pipeline.foresee(self.job.at(host.name), host.stages))
         try:
-            networks = pipeline.compress(self.job, self.stages)
+            made = networks.compress(self.job, self.stages)
         except Reached:
             self.hosts.clear()  # nothing was asked for that is done on a host
             raise
         stop = threading.Event()
 
         def deliver(host: Host) -> None:
-            self._deliver(host, networks)
+            self._deliver(host, made)
             if self.guarded and host.status != "committed":
                 stop.set()
 
@@ -137,11 +138,11 @@ class Rollout:
         by_name = {host.name: host for host in hosts}
         fleet.each(list(by_name), lambda name: work(by_name[name]), self.parallel, stop)
 
-    def _deliver(self, host: Host, networks: pipeline.Networks) -> None:
+    def _deliver(self, host: Host, made: Networks) -> None:
         host.status = "failed"
         try:
             with host.stages.leases:
-                pipeline.deliver(self.job.at(host.name), host.stages, networks)
+                pipeline.deliver(self.job.at(host.name), host.stages, made)
         except Reached:
             host.status = "done"
         except ToolkitError as error:

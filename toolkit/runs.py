@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
@@ -26,11 +27,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run or a plan."""
+    """What became of a run or a plan; ``picture`` shows a terminal the latencies, where they were measured."""
 
     document: dict[str, Any]
     error: ToolkitError | None
     exit_code: int
+    picture: str = ""
 
 
 def execute(
@@ -65,6 +67,7 @@ def execute(
         console.say("fast run: a short recipe on part of the data")
     rollout = Rollout.of(job, stages, parallel, waves) if job.target.fleet or waves else None
     error: ToolkitError | None = None
+    picture = ""
     with disk_errors(job.build, "the run's record"), store.in_use(), silenced():
         try:
             if rollout is not None:
@@ -88,12 +91,34 @@ def execute(
                 from toolkit.report import page
 
                 record["report"] = str(folder / "report.html")
-                page.write(folder, record, stages.done, pictures)
+                picture = pictures.meta["picture"]
+                page.write(folder, record, pictures)
             write_json(folder / "run.json", record)
     if error is not None:
-        return Outcome(record, error, error.exit_code)
+        return Outcome(record, error, error.exit_code, picture)
     kept = stages.kept if rollout is None else all(host.good for host in rollout.hosts)
-    return Outcome(record, None, 0 if kept else 1)
+    return Outcome(record, None, 0 if kept else 1, picture)
+
+
+def compare(job: Job, against: str, console: Console, rerun: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Measure a job's engine in turns with another one on its device; see :func:`pipeline.compare`.
+
+    Returns:
+        ``target``, and what :func:`comparing.compare` says.
+
+    Raises:
+        UsageError: A fleet is meant, or there is nothing to compare with.
+        ToolkitError: Something on the way failed; what was made is kept.
+    """
+    if job.target.fleet:
+        raise UsageError("two engines are compared on one device, and a fleet is meant", "give --host")
+    store = Store(job.build / "store")
+    stages = Runner(store, console, "compare", rerun, job.fast)
+    with disk_errors(job.build, "a comparison"), store.in_use(), silenced():
+        pipeline.foresee(job, stages)
+        with stages.leases, contextlib.suppress(Reached):
+            pipeline.compare(job, stages, against)
+    return {"target": job.target.name, **stages.artifacts["compare"].meta}
 
 
 def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:

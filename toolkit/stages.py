@@ -30,14 +30,16 @@ Make = Callable[[Work], dict[str, Any]]
 VERSIONS = {
     "data": 1,
     "check": 1,
-    "train": 1,
+    "train": 2,
     "prune": 1,
-    "finetune": 1,
+    "finetune": 2,
     "export": 2,
     "quantize": 2,
+    "reference": 1,
     "build": 2,
-    "bench": 2,
-    "report": 1,
+    "bench": 3,
+    "compare": 1,
+    "report": 2,
 }
 
 
@@ -83,6 +85,7 @@ class Runner:
     release: str | None = None
     pushed: Pushed | None = None
     verdict: Verdict | None = None
+    regression: dict[str, Any] = field(default_factory=lambda: {"regression": None})
     commitment: Commitment | None = None
     draws: bool = True
     writes: ClassVar[bool] = True
@@ -94,9 +97,9 @@ class Runner:
             self.commitment is None or self.commitment.healthy
         )
 
-    def for_host(self, console: Console) -> Runner:
-        """Return the runner of one host of a fleet: the same store, an account of its own."""
-        return Runner(self.store, console, self.until, self.rerun, self.fast, draws=False)
+    def aside(self, console: Console | None = None) -> Runner:
+        """Return a runner with an account of its own: for one host of a fleet, for a second engine."""
+        return Runner(self.store, console or self.console, self.until, self.rerun, self.fast, draws=False)
 
     def make(
         self,
@@ -105,6 +108,8 @@ class Runner:
         inputs: Mapping[str, Artifact],
         make: Make,
         amount: float | None = None,
+        *,
+        stale: Callable[[Artifact], bool] = lambda found: False,
     ) -> Artifact:
         """Return the stage's artifact, from the store or made now.
 
@@ -114,6 +119,7 @@ class Runner:
             inputs: Artifacts that it is made from.
             make: Makes it.
             amount: How much work it is; see :meth:`Store.produce`.
+            stale: Whether one that is there has to be made anew nevertheless.
         """
         started = time.monotonic()
         with self.console.progress(name) as progress:
@@ -126,6 +132,7 @@ class Runner:
                 fast=self.fast,
                 amount=amount,
                 rerun=bool(self.rerun & {name, "all"}),
+                stale=stale,
                 progress=progress,
                 warn=self.console.warn,
             )
@@ -171,9 +178,9 @@ class Runner:
         doing = f"toolkit {'run' if self.until == 'commit' else self.until} {job.target.name}"
         self.leases.enter_context(lease.held(device, doing, job.claim, self.console))
 
-    def judged(self, verdict: Verdict) -> None:
-        """Keep the verdict."""
-        self.verdict = verdict
+    def judged(self, verdict: Verdict, regression: dict[str, Any]) -> None:
+        """Keep the verdict, and what was found of the release beside the current one."""
+        self.verdict, self.regression = verdict, regression
 
     def committed(self, commitment: Commitment) -> None:
         """Keep what became of the release."""
@@ -231,6 +238,8 @@ class Planner(Runner):
         inputs: Mapping[str, Artifact],
         make: Make,
         amount: float | None = None,
+        *,
+        stale: Callable[[Artifact], bool] = lambda found: False,
     ) -> Artifact:
         """Return the artifact that is there, or one that is pending."""
         found = None
@@ -240,6 +249,8 @@ class Planner(Runner):
                 found = self.store.lookup(name, Store.key(name, VERSIONS[name], config, inputs))
             except DamagedError as damage:
                 problem = f"{damage}: "
+        if found and stale(found):
+            found = None
         if found:
             text = terminal.describe(name, found.meta)
             self.done.append(Done(name, True, 0.0, found.digest, f"{reused(found.created, found.digest)}: {text}"))

@@ -219,6 +219,7 @@ class Store:
         fast: bool = False,
         amount: float | None = None,
         rerun: bool = False,
+        stale: Callable[[Artifact], bool] = lambda found: False,
         progress: Progress = lambda done, total, text: None,
         warn: Callable[[str], None] = log.warning,
     ) -> Artifact:
@@ -233,13 +234,15 @@ class Store:
             fast: Whether the result comes from a fast run.
             amount: How much work it is, in a unit of the stage's own; later plans estimate time from it.
             rerun: Make it anew even where it is; once by this store object, which the hosts of a fleet share.
+            stale: Whether one that is there has to be made anew nevertheless.
             progress: Handed to ``make``.
             warn: Told of a damaged artifact and of waiting for another process.
         """
         with disk_errors(self.root, f"stage '{stage}'"), self._locked(stage, key, progress, warn):
             if not rerun or (stage, key) in self._remade:
                 try:
-                    if found := self.lookup(stage, key):
+                    found = self.lookup(stage, key)
+                    if found and not stale(found):
                         return found
                 except DamagedError as damage:
                     warn(f"{damage}; the stage '{stage}' runs again")

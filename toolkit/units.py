@@ -1,4 +1,4 @@
-"""Quantities as people write them: `2 ms`, `75%`, `60M`, `150 MB`, `1000 samples/s`."""
+"""Quantities as people write them: `2 ms`, `75%`, `60M`, `150 MB`, `1000 samples/s`, `10 W`, `5 mJ`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ BYTES = {
     "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30,
 }  # fmt: skip
 FRACTION = {"%": 0.01}
+WATTS = {"W": 1.0, "mW": 1e-3}
+MILLIJOULES = {"mJ": 1.0, "J": 1e3, "uJ": 1e-3, "µJ": 1e-3, "μJ": 1e-3}
 RATE = {"/s": 1.0, "samples/s": 1.0, "images/s": 1.0}
 FLOPS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 

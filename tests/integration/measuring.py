@@ -19,9 +19,13 @@ from toolkit.devices.agent import Agent
 SIZE = 8
 SETTINGS = {
     "warmup_ms": 10,
-    "duration_ms": 50,
-    "queries": 20,
-    "batches": [1, 4],
+    "scenarios": [
+        {"name": "SingleStream", "duration_ms": 50, "queries": 20},
+        {"name": "Offline", "batch": 4, "duration_ms": 50},
+        {"name": "DutyCycle", "period_ms": 5, "duration_ms": 50},
+    ],
+    "evaluate": True,
+    "profile": False,
     "tuning": {"power_mode": None, "clocks": None, "sudo": False},
 }
 

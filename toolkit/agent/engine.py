@@ -6,11 +6,16 @@ import json
 import os
 from typing import Any
 
-from . import builder, facts, fingerprint, ort, releases, signatures
+from . import builder, facts, fingerprint, ort, ov, releases, signatures
 from .protocol import Refusal
 
 ENGINE = "engine.json"
-_BUILDERS = {"onnxruntime": ort.build, "tensorrt": builder.build, "tensorrt-rtx": builder.build}
+_BUILDERS = {
+    "onnxruntime": ort.build,
+    "openvino": ov.build,
+    "tensorrt": builder.build,
+    "tensorrt-rtx": builder.build,
+}
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
@@ -23,18 +28,6 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     with open(os.path.join(request["out"], ENGINE), "w", encoding="utf-8") as file:
         json.dump(engine, file, indent=1, sort_keys=True)
     return engine
-
-
-def mismatch(built: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """Return why an engine does not fit a device, or None when it does.
-
-    Args:
-        built: The engine's fingerprint.
-        here: The device's facts.
-    """
-    if built["runtime"] == "onnxruntime":
-        return ort.mismatch(built, here)
-    return fingerprint.mismatch(built, here)
 
 
 def read(folder: str, root: str) -> dict[str, Any]:
@@ -50,7 +43,7 @@ def read(folder: str, root: str) -> dict[str, Any]:
             raise Refusal("release {} is damaged: {}".format(os.path.basename(folder), ENGINE), "push it again")
     with open(os.path.join(folder, ENGINE), encoding="utf-8") as file:
         engine = json.load(file)
-    problem = mismatch(engine["fingerprint"], facts.collect({"root": root}))
+    problem = fingerprint.mismatch(engine["fingerprint"], facts.collect({"root": root}))
     if problem is not None:
         raise Refusal("the engine does not fit: {}".format(problem), "rebuild it for this device (--rebuild-stale)")
     if releases.digest(os.path.join(folder, engine["file"])) != engine["sha256"]:
@@ -64,10 +57,16 @@ def load(folder: str, root: str) -> Any:
     Raises:
         Refusal: It is damaged, was built for another device, or cannot be loaded.
     """
-    engine = read(folder, root)
+    return open_session(folder, read(folder, root), root)
+
+
+def open_session(folder: str, engine: dict[str, Any], root: str) -> Any:
+    """Load an engine that :func:`read` has looked at."""
     path = os.path.join(folder, engine["file"])
     if engine["runtime"] == "onnxruntime":
         return ort.Session(path, engine["settings"]["intra_op_num_threads"], optimize=False)
+    if engine["runtime"] == "openvino":
+        return ov.Session(path, engine)
     from . import runner
 
     return runner.Session(path, engine, root)

@@ -14,6 +14,7 @@ from typing import Any
 # distributions that a runtime comes in, the one whose version has the build number first
 DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
     "tensorrt": ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-libs", "tensorrt"),
     "tensorrt-rtx": ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu12-libs", "tensorrt-rtx"),
 }
@@ -69,8 +70,19 @@ def processor(name: str, flags: str) -> str:
 
 def cpu() -> str:
     """Return this processor's name with a hash of its instruction set."""
-    flags = _proc("/proc/cpuinfo", "flags") or _proc("/proc/cpuinfo", "Features")
-    return processor(_proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(), flags)
+    name = _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+    return processor(name, _cpu_flags())
+
+
+def _cpu_flags() -> str:
+    return _proc("/proc/cpuinfo", "flags") or _proc("/proc/cpuinfo", "Features")
+
+
+def vector_bits(flags: str) -> int | None:
+    """Return the width of a processor's widest vector registers by the flags in /proc/cpuinfo; None if unknown."""
+    listed = set(flags.split())
+    widths = {512: {"avx512f"}, 256: {"avx", "avx2"}, 128: {"sse2", "asimd", "neon"}}
+    return next((bits for bits, names in widths.items() if names & listed), None)
 
 
 def jetpack(l4t: str) -> str | None:
@@ -192,10 +204,11 @@ def collect(request: dict[str, Any]) -> dict[str, Any]:
     """Return the facts; ``root`` in the request is where releases live.
 
     Returns:
-        ``arch``, ``cpu``, ``cores``, ``memory_bytes``, ``free_bytes``, ``os``, ``python``, ``runtimes`` (name to
-        version), ``gpus`` (``name``, ``compute_capability``, ``memory_bytes`` each), ``driver``, ``cuda``,
-        ``l4t``, ``jetpack``, ``power_mode``, ``container`` (image that this runs in), ``trtexec`` (path),
-        ``tensorrt_python`` (whether the bindings are there). What does not apply is None.
+        ``arch``, ``cpu``, ``vector_bits`` (of its widest registers), ``cores``, ``memory_bytes``, ``free_bytes``,
+        ``os``, ``python``, ``runtimes`` (name to version), ``gpus`` (``name``, ``compute_capability``,
+        ``memory_bytes`` each), ``driver``, ``cuda``, ``l4t``, ``jetpack``, ``power_mode``, ``container`` (image
+        that this runs in), ``trtexec`` (path), ``tensorrt_python`` (whether the bindings are there). What does not
+        apply is None.
     """
     from importlib import util
 
@@ -208,6 +221,7 @@ def collect(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "arch": platform.machine(),
         "cpu": cpu(),
+        "vector_bits": vector_bits(_cpu_flags()),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": _memory(),
         "free_bytes": shutil.disk_usage(place).free,

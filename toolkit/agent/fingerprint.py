@@ -1,17 +1,30 @@
-"""What an engine of TensorRT depends on, and whether a device is that."""
+"""What an engine depends on, and whether a device is that."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from typing import Any
 
-from . import trt
+from . import facts, trt
 from .releases import digest
+
+CPU = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}  # what computes on the CPU, as people spell it
+
+
+def of_cpu(runtime: str) -> dict[str, Any]:
+    """Return what an engine that computes on the CPU depends on."""
+    return {
+        "runtime": runtime,
+        "version": facts.runtimes().get(runtime),
+        "arch": platform.machine(),
+        "cpu": facts.cpu(),
+    }
 
 
 def of(request: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """Return what an engine depends on, and what else was so when it was built.
+    """Return what an engine of TensorRT depends on, and what else was so when it was built.
 
     Args:
         request: The build request.
@@ -49,6 +62,8 @@ def mismatch(built: dict[str, Any], here: dict[str, Any]) -> str | None:
         built: The engine's fingerprint.
         here: The device's facts.
     """
+    if built["runtime"] in CPU:
+        return _cpu_mismatch(built, here)
     name = trt.name(built["runtime"])
     version = here["runtimes"].get(built["runtime"])
     if version is None or not same(version, built["version"]):
@@ -64,6 +79,17 @@ def mismatch(built: dict[str, Any], here: dict[str, Any]) -> str | None:
         return "built on {}, the device has {}".format(built["gpu"], gpu["name"])
     if built["l4t"] not in (None, here["l4t"]):
         return "built with L4T {}, the device has {}".format(built["l4t"], here["l4t"])
+    return None
+
+
+def _cpu_mismatch(built: dict[str, Any], here: dict[str, Any]) -> str | None:
+    version = here["runtimes"].get(built["runtime"])
+    if built["version"] != version:
+        name = CPU[built["runtime"]]
+        return "built with {} {}, the device has {}".format(name, built["version"], version or "none")
+    for key in ("arch", "cpu"):
+        if built[key] != here[key]:
+            return "built for {}, the device has {}".format(built[key], here[key])
     return None
 
 

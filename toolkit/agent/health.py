@@ -50,7 +50,7 @@ def _compute(request: dict[str, Any], count: int) -> np.ndarray | None:
     folder = os.path.join(root, "releases", request["id"])
     releases.require_whole(folder)
     description = engine.read(folder, root)
-    if description["runtime"] == "tensorrt" and not measure.can_run_plans():
+    if not measure.can_run(description):
         try:
             measure.time_plan(folder, description, batch=1, warmup_ms=0, duration_ms=0, queries=1)
         except OutOfMemory as reason:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 from .protocol import Refusal
 
+_UNTOLD = ("Reformat", "NoOp", "Constant", "Shuffle", "DLA")
 TOLERATED = 0.02  # share of the checked nodes that may run in another precision
 _WIDTH = {"int8": 0, "fp8": 0, "fp16": 1, "bf16": 1, "fp32": 2}
 _SPELLINGS = (
@@ -42,23 +44,35 @@ def check(expected: dict[str, str], information: dict[str, Any]) -> dict[str, An
             "the engine runs {} of {} layers in another precision than asked for: {}{}".format(
                 len(other), checked, ", ".join(listed[:5]), more
             ),
-            "ask for the precision that the device runs them in (--precision), or update TensorRT",
+            "ask for the precision that the device runs them in (--precision), or update its runtime",
         )
     return {"checked": checked, "unknown": sorted(set(found) - {n for n in found if found[n]}), "other": other}
 
 
+def count(expected: dict[str, str], checked: dict[str, Any]) -> dict[str, int]:
+    """Return how many nodes run in each precision, by what :func:`check` has returned."""
+    told = {node: precision for node, precision in expected.items() if node not in checked["unknown"]}
+    return dict(Counter({**told, **checked["other"]}.values()))
+
+
 def _precision_of(node: str, layers: list[Any]) -> str | None:
     """Return the precision of the layers that compute a node, the widest if there are several; None if untold."""
-    mentioned = re.compile(r"(?<![\w./]){}(?![\w./])".format(re.escape(node)))
     precisions = []
     for layer in layers:
-        if not isinstance(layer, dict) or layer.get("LayerType") in ("Reformat", "NoOp", "Constant", "Shuffle"):
+        # of a DLA's layer the input's type is told, not those of what runs in it
+        if not isinstance(layer, dict) or layer.get("LayerType") in _UNTOLD:
             continue
-        if mentioned.search(str(layer.get("Name", ""))) or mentioned.search(str(layer.get("Metadata", ""))):
+        if mentions(layer, node):
             precision = _reads(layer)
             if precision is not None:
                 precisions.append(precision)
     return max(precisions, key=_WIDTH.__getitem__) if precisions else None
+
+
+def mentions(layer: dict[str, Any], node: str) -> bool:
+    """Tell whether a layer computes a node, by its name and its metadata."""
+    name = re.compile(r"(?<![\w./]){}(?![\w./])".format(re.escape(node)))
+    return any(name.search(str(layer.get(key, ""))) for key in ("Name", "Metadata"))
 
 
 def _reads(layer: dict[str, Any]) -> str | None:

@@ -35,6 +35,14 @@ def _bench(request: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _compare(request: dict[str, Any]) -> dict[str, Any]:
+    from . import compare
+
+    result = compare.compare(request)
+    leases.require(request)
+    return result
+
+
 def _health(request: dict[str, Any]) -> dict[str, Any]:
     from . import health
 
@@ -65,6 +73,7 @@ VERBS = {
     "prune": upkeep.prune,
     "provision": environments.provision,
     "bench": _bench,
+    "compare": _compare,
     "signers": signatures.signers,
     "trust": signatures.trust,
     "take-lease": leases.take,
@@ -75,7 +84,7 @@ VERBS = {
     "predict": _predict,
 }
 # verbs for whoever holds the device's lease, or for anybody when nobody does
-CHANGES = {"build", "install", "activate", "prune", "provision", "bench", "trust"}
+CHANGES = {"build", "install", "activate", "prune", "provision", "bench", "compare", "trust"}
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from . import facts
+from . import fingerprint
 from .protocol import Refusal, progress
 from .releases import digest
 
@@ -29,6 +29,7 @@ class Session:
         provider: What really runs it.
         max_batch: Largest batch that it takes.
         settings: How it is run, for the record.
+        threads: That compute.
     """
 
     def __init__(self, path: str, threads: int, optimize: bool, save_to: str | None = None) -> None:
@@ -40,6 +41,7 @@ class Session:
                 "toolkit provision TARGET",
             ) from error
         self.settings: dict[str, Any] = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+        self.threads = threads
         self.layers = None
         self.notes: list[str] = []
         options = ort.SessionOptions()
@@ -65,35 +67,34 @@ class Session:
         self.max_batch = image.shape[0] if isinstance(image.shape[0], int) else _ANY_BATCH
         self._input = image.name
         self._output = [self._session.get_outputs()[0].name]
+        self._logits: np.ndarray | None = None
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Return logits ``(B, ...)`` float32 of uint8 images ``(B, 3, S, S)``."""
         logits: np.ndarray = self._session.run(self._output, {self._input: images})[0]
         return logits
 
+    def prepare(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        """Return a query that runs the inference of images ``(B, 3, S, S)`` alone, into memory that is there.
+
+        Its logits ``(B, ...)`` are overwritten by its next run; the images are not copied.
+        """
+        if self._logits is None:
+            self._logits = self.run(images)
+        logits = np.empty((len(images), *self._logits.shape[1:]), self._logits.dtype)
+        binding = self._session.io_binding()
+        binding.bind_cpu_input(self._input, images)
+        binding.bind_output(self._output[0], "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        run = self._session.run_with_iobinding
+
+        def query() -> np.ndarray:
+            run(binding)
+            return logits
+
+        return query
+
     def close(self) -> None:
         """Do nothing: ONNX Runtime keeps nothing for the next load."""
-
-
-def fingerprint() -> dict[str, Any]:
-    """Return what an engine depends on: it is built for these and refused on others."""
-    return {
-        "runtime": "onnxruntime",
-        "version": facts.runtimes().get("onnxruntime"),
-        "arch": platform.machine(),
-        "cpu": facts.cpu(),
-    }
-
-
-def mismatch(built: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """Return why an engine does not fit a device, or None when it does; see ``builder.mismatch``."""
-    version = here["runtimes"].get("onnxruntime")
-    if built["version"] != version:
-        return "built with ONNX Runtime {}, the device has {}".format(built["version"], version or "none")
-    for key in ("arch", "cpu"):
-        if built[key] != here[key]:
-            return "built for {}, the device has {}".format(built[key], here[key])
-    return None
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         "settings": session.settings,
         "input": request["input"],
         "batches": request["batches"],
-        "fingerprint": fingerprint(),
+        "fingerprint": fingerprint.of_cpu("onnxruntime"),
         "sha256": digest(path),
         "notes": [],
     }

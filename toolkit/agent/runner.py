@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,16 @@ class Session:
         settings: How it is run, for the record.
         layers: What :func:`toolkit.agent.layers.check` found, now or at the build.
         notes: What the user should know.
+        threads: None: the GPU computes.
     """
+
+    threads: int | None = None
 
     def __init__(self, path: str, engine: dict[str, Any], root: str) -> None:
         tensorrt = trt.module(engine["runtime"])
         self.notes: list[str] = []
         self.provider = engine["provider"]
+        self._trt, self._description = tensorrt, engine
         self._log = trt.Log.of(tensorrt)
         self._cuda = cuda.start()
         self._turn = threading.Lock()  # the buffers are one for all calls
@@ -56,7 +60,7 @@ class Session:
         self.layers = engine["layers"]
         if self.layers is None:
             try:
-                information = builder.inspect(tensorrt, self._engine, engine["input"], engine["batches"])
+                information = builder.inspect(self._trt, self._engine, engine["input"], engine["batches"])
             except OutOfMemory as reason:
                 raise self._failure(str(reason)) from reason
             self.layers = layers.check(engine["expected"], information)
@@ -95,20 +99,41 @@ class Session:
         Any thread may call it; calls wait for each other.
         """
         with self._turn, self._cuda:
-            return self._run(images)
+            return self._ready(images)().copy()
 
-    def _run(self, images: np.ndarray) -> np.ndarray:
-        batch = len(images)
-        self._host_in[: batch * self._image_bytes] = images.reshape(-1)
+    def prepare(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        """Return a query that runs the inference of images ``(B, C, H, W)``, copies to and from the GPU included.
+
+        Its logits ``(B, ...)`` are overwritten by the next run. The images are copied into page-locked memory as
+        part of the query, since in a program of the device's they come from elsewhere, too.
+        """
+        with self._turn, self._cuda:
+            ready = self._ready(images)
+
+        def query() -> np.ndarray:
+            with self._turn, self._cuda:
+                return ready()
+
+        return query
+
+    def _ready(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        batch, pixels = len(images), images.reshape(-1)
         if batch not in self._enqueues:
-            self._enqueues[batch] = self._prepare(batch)
-        self._enqueues[batch]()
-        self._cuda.synchronize()
+            self._enqueues[batch] = self._enqueue_of(batch)
+        enqueues, synchronize = self._enqueues, self._cuda.synchronize  # no context of a query's own: see close
+        source = self._host_in[: batch * self._image_bytes]
         raw = self._host_out[: batch * self._logit_bytes]
-        logits: np.ndarray = raw.view(self._dtype).reshape(batch, *self._out_shape).copy()
-        return logits
+        logits: np.ndarray = raw.view(self._dtype).reshape(batch, *self._out_shape)
 
-    def _prepare(self, batch: int) -> Callable[[], Any]:
+        def compute() -> np.ndarray:
+            source[:] = pixels
+            enqueues[batch]()
+            synchronize()
+            return logits
+
+        return compute
+
+    def _enqueue_of(self, batch: int) -> Callable[[], Any]:
         """Return a function that enqueues copies and inference of a batch, as a CUDA graph where that works.
 
         Each batch size has an execution context of its own: a captured graph is bound to its context's shapes.
@@ -147,6 +172,45 @@ class Session:
                 self.notes.append("the runtime cache is of another version and is not used")
         config.set_runtime_cache(self._kernels)
         return self._engine.create_execution_context(config)
+
+    def profile(self, queries: Iterable[np.ndarray]) -> tuple[list[dict[str, float]], dict[str, Any]]:
+        """Return each query's microseconds by layer, and what the engine inspector says of the layers.
+
+        In an execution context of its own and without a CUDA graph: TensorRT then waits for every layer.
+
+        Args:
+            queries: Images uint8 ``(1, C, H, W)``, run one after another.
+
+        Raises:
+            Refusal: Memory does not suffice for another execution context, or it does not run.
+        """
+        runs: list[dict[str, float]] = []
+        description = self._description
+
+        def report(layer: str, ms: float) -> None:
+            runs[-1][layer] = runs[-1].get(layer, 0.0) + ms * 1000
+
+        profiler = trt.profiler(self._trt, report)
+        with self._turn, self._cuda:
+            context = self._context()
+            if context is None:
+                raise self._failure("no execution context for the engine")
+            if self._dynamic:
+                context.set_input_shape(self._input, (1, *self._shape))
+            context.set_tensor_address(self._input, self._gpu_in)
+            context.set_tensor_address(self._output, self._gpu_out)
+            context.profiler = profiler
+            source = self._host_in[: self._image_bytes]
+            for images in queries:
+                runs.append({})
+                source[:] = images.reshape(-1)
+                self._cuda.to_gpu(self._gpu_in, source)
+                if not context.execute_async_v3(self._cuda.stream):
+                    raise self._failure("the engine does not run")
+                self._cuda.synchronize()
+            del context
+            information = builder.inspect(self._trt, self._engine, description["input"], description["batches"])
+        return runs, information
 
     def close(self) -> None:
         """Keep the kernels that TensorRT for RTX has compiled, for the next load, and give the memory back."""

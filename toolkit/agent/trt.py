@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from .protocol import OutOfMemory, Refusal
@@ -90,6 +91,19 @@ class Log:
 
 
 _LOGS: dict[str, Log] = {}
+
+
+def profiler(trt: Any, report: Callable[[str, float], None]) -> Any:
+    """Return a profiler for an execution context; ``report`` is told each layer's name and milliseconds."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            report(layer_name, ms)
+
+    return Profiler()
 
 
 def plan_version(plan: bytes) -> str | None:

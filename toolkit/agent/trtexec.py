@@ -31,6 +31,7 @@ _FLAGS = {
     "--fp16": ((8, 5), (10, 99)),
     "--int8": ((8, 5), (10, 99)),
     "--stronglyTyped": ((10, 0), (10, 99)),
+    "--noCudaGraph": ((11, 0), _NEWEST),
     "--useCudaGraph": ((8, 5), (10, 99)),
     "--useSpinWait": ((8, 5), (10, 99)),
     "--noDataTransfers": ((8, 5), (10, 99)),
@@ -226,6 +227,46 @@ def latency(
             "command": command,
         },
     }
+
+
+def profile(
+    path: str, engine: str, *, network_input: dict[str, Any], dynamic: bool, queries: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Time an engine's layers on random input of batch 1, without a CUDA graph.
+
+    Args:
+        path: trtexec.
+        engine: The engine.
+        network_input: ``name`` and ``shape`` (without the batch) of the engine's input.
+        dynamic: Whether the engine takes batches of several sizes.
+        queries: To take the median of.
+
+    Returns:
+        Each layer's median in microseconds, in the order they run, and what the engine inspector says of them.
+
+    Raises:
+        OutOfMemory: The engine does not fit.
+        Refusal: It cannot be loaded or run, with trtexec's own reason.
+    """
+    here = version(path)
+    command = [path, "--loadEngine=" + engine, "--duration=0", "--iterations={}".format(queries)]
+    if dynamic:
+        command.append("--shapes=" + _shape(network_input, 1))
+    if _knows(here, "--noCudaGraph"):
+        command.append("--noCudaGraph")
+    with tempfile.TemporaryDirectory() as scratch:
+        times, layers = (os.path.join(scratch, name) for name in ("times.json", "layers.json"))
+        code, log = _run([*command, "--exportProfile=" + times, "--exportLayerInfo=" + layers])
+        if code != 0:
+            raise _failure(here, code, log)
+        with open(times, encoding="utf-8") as file:
+            _, *entries = json.load(file, strict=False)  # the first one tells the number of queries
+        with open(layers, encoding="utf-8") as file:
+            information = dict(json.load(file, strict=False))
+    medians: dict[str, float] = {}
+    for entry in entries:
+        medians[entry["name"]] = medians.get(entry["name"], 0.0) + entry["medianMs"] * 1000
+    return medians, information
 
 
 def _knows(here: tuple[int, ...], flag: str) -> bool:

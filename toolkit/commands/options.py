@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-RERUN = ("data", "check", "train", "prune", "finetune", "export", "quantize", "build", "bench", "report", "all")
+RERUN = (
+    "data", "check", "train", "prune", "finetune", "export", "quantize", "reference", "build", "bench", "compare",
+    "report", "all",
+)  # fmt: skip
 
 
 def complete(kind: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
@@ -55,6 +58,14 @@ in_container = click.option(
     "--in-container", is_flag=True, help="Run in the training image (NGC PyTorch), with the GPU if there is one."
 )
 
+junit = click.option(
+    "--junit",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write the verdict as JUnit XML, a case a clause.",
+)
+github = click.option("--github", is_flag=True, help="Annotate on GitHub what was not kept (on stderr).")
+
 
 def _seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float:
     from toolkit import units
@@ -90,7 +101,7 @@ _OPTIONS = (
     click.option("--profile", shell_complete=complete("profiles"), help="Profile instead of the target's own."),
     click.option("--flops", metavar="BUDGET", help="FLOPs budget, as 60M or 75%."),
     click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Precision of the engine."),
-    click.option("--runtime", type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
+    click.option("--runtime", type=click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]),
                  help="Runtime instead of the target's own."),
     click.option("--rebuild-stale", is_flag=True, help="Build on the device what does not fit it."),
     *_WHERE,

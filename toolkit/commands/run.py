@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
-from toolkit.commands.options import in_container, job_from, run_options
+from toolkit.commands.options import github, in_container, job_from, junit, run_options
 
 
 def _go(until: str, options: dict[str, Any]) -> None:
     from toolkit import runs
     from toolkit.cli import print_json, tell
     from toolkit.console import Console
-    from toolkit.report import terminal
+    from toolkit.errors import StageError
+    from toolkit.report import ci, terminal
 
     console = Console(quiet=options["quiet"])
     job = job_from(**options)
@@ -28,10 +29,20 @@ def _go(until: str, options: dict[str, Any]) -> None:
     )
     if options["as_json"]:
         print_json(outcome.document)
-    elif text := terminal.summary(outcome.document):
+    elif text := terminal.summary(outcome.document, outcome.picture):
         click.echo(text)
     if outcome.error:
         tell(outcome.error)
+    if options["github"] and (text := ci.github(outcome.document)):
+        click.echo(text, err=True)  # GitHub reads both streams, and stdout is for data
+    if file := options["junit"]:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(ci.junit(outcome.document), encoding="utf-8")
+        except OSError as error:
+            raise StageError(
+                f"{file} cannot be written: {error.strerror}", "give --junit a file that can be"
+            ) from error
     raise click.exceptions.Exit(outcome.exit_code)
 
 
@@ -40,18 +51,22 @@ def _go(until: str, options: dict[str, Any]) -> None:
 @click.option(
     "--waves", metavar="SIZES", help="Reach a fleet in waves, as 1,10%,100%; a wave that fails is rolled back."
 )
+@junit
+@github
 @in_container
 def run(**options: Any) -> None:
     """Do the whole job for TARGET: from training to a committed release."""
     _go("commit", options)
 
 
-def _verb(stage: str, what: str) -> click.Command:
+def _verb(stage: str, what: str, until: str | None = None) -> click.Command:
     @click.command(stage, help=f"{what} for TARGET; reuses what is there.")
     @run_options
+    @junit
+    @github
     @in_container
     def verb(**options: Any) -> None:
-        _go(stage, options)
+        _go(until or stage, options)
 
     return verb
 
@@ -63,5 +78,4 @@ export = _verb("export", "Go up to the ONNX file")
 quantize = _verb("quantize", "Go up to the graph in the profile's precision")
 build = _verb("build", "Go up to the engine")
 push = _verb("push", "Go up to the release on the device, not current yet")
-bench = _verb("bench", "Go up to the measurement on the device")
-report = _verb("report", "Go up to verdict and page, without making the release current")
+bench = _verb("bench", "Measure, judge and write the page, without making the release current", until="report")

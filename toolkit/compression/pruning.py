@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from toolkit.compression import data as datasets
 from toolkit.compression import flops, models
-from toolkit.compression.training import Hardware, Images, accuracy, load_baseline, measure, seed_everything
+from toolkit.compression.training import (
+    Hardware,
+    Images,
+    accuracy,
+    load_baseline,
+    measure,
+    predict,
+    seed_everything,
+)
 from toolkit.config import Flops, Model, Recipe
 from toolkit.errors import UsageError
 from toolkit.store import Artifact, Work
@@ -145,7 +153,7 @@ def prune(
         def score(candidate: nn.Module) -> float:
             nonlocal evaluated
             evaluated += 1
-            value = accuracy(candidate, val)
+            value = accuracy(predict(candidate, val), val)
             work.progress(evaluated, 0, f"candidate {evaluated}: validation {value:.2%}")
             return value
 

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,14 +100,16 @@ class Images:
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, images: Images, batch: int | None = None) -> float:
-    """Return top-1 accuracy (0 to 1); computes in the surrounding autocast, if any."""
+def predict(network: nn.Module, images: Images) -> Tensor:
+    """Return logits ``(N, classes)`` of all images, in order; computes in the surrounding autocast, if any."""
     network.eval()
-    size = batch or (1024 if images.images.is_cuda else 128)
-    correct = torch.zeros((), dtype=torch.int64, device=images.labels.device)
-    for inputs, labels in images.batches(size):
-        correct += (network(inputs).argmax(1) == labels).sum()
-    return correct.item() / len(images)
+    size = 1024 if images.images.is_cuda else 128
+    return torch.cat([network(inputs) for inputs, _ in images.batches(size)])
+
+
+def accuracy(logits: Tensor, images: Images) -> float:
+    """Return the top-1 accuracy (0 to 1) of logits ``(N, classes)``."""
+    return (logits.argmax(1) == images.labels).sum().item() / len(images)
 
 
 def seed_everything(seed: int) -> None:
@@ -225,7 +228,7 @@ def fit(
                 f"lower the learning rate (recipe.lr is {recipe.lr:g}) in the profile",
             )
         with hardware.autocast():
-            score = accuracy(network, val)
+            score = accuracy(predict(network, val), val)
         history.append({"loss": round(mean.item(), 6), "val": score})
         if score >= best["val"]:
             best = {"val": score, "state": {k: v.clone() for k, v in network.state_dict().items()}}
@@ -246,12 +249,22 @@ def fit(
     return history
 
 
-def measure(network: nn.Module, data: Artifact, hardware: Hardware) -> dict[str, Any]:
-    """Return what is told of a network: test accuracy in fp32 (0 to 1), FLOPs, MACs, parameters."""
+def measure(network: nn.Module, data: Artifact, hardware: Hardware, keep: Path | None = None) -> dict[str, Any]:
+    """Return what is told of a network: test accuracy in fp32 (0 to 1), FLOPs, MACs, parameters.
+
+    Args:
+        network: On ``hardware`` already.
+        data: Its test images are what accuracy is measured on.
+        hardware: Where to compute.
+        keep: Folder for ``test.logits.npy``, float32 ``(N, classes)``, which the accuracy is counted from.
+    """
     test = Images(datasets.load(data, "test"), data.meta, hardware)
+    logits = predict(network, test)
+    if keep is not None:
+        np.save(keep / "test.logits.npy", logits.float().cpu().numpy())
     count = flops.flops(network, data.meta["input_size"])
     return {
-        "accuracy": accuracy(network, test),
+        "accuracy": accuracy(logits, test),
         "flops": count,
         "macs": count // 2,
         "params": models.parameters(network),
@@ -259,7 +272,7 @@ def measure(network: nn.Module, data: Artifact, hardware: Hardware) -> dict[str,
 
 
 def train(work: Work, data: Artifact, model: Model, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """Train the unpruned network; writes ``model.safetensors``.
+    """Train the unpruned network; writes ``model.safetensors`` and ``test.logits.npy``.
 
     Returns:
         ``accuracy``, ``flops``, ``macs``, ``params`` and ``history``.
@@ -280,7 +293,7 @@ def train(work: Work, data: Artifact, model: Model, recipe: Recipe, seed: int) -
     )
     state = {key: value.cpu().contiguous() for key, value in network.state_dict().items()}
     save_file(state, work.out / "model.safetensors")
-    return measure(network, data, hardware) | {"history": history}
+    return measure(network, data, hardware, work.out) | {"history": history}
 
 
 def load_baseline(baseline: Artifact, data: Artifact, model: Model) -> nn.Module:
@@ -293,7 +306,7 @@ def load_baseline(baseline: Artifact, data: Artifact, model: Model) -> nn.Module
 def finetune(
     work: Work, data: Artifact, model: Model, baseline: Artifact, pruned: Artifact, recipe: Recipe, seed: int
 ) -> dict[str, Any]:
-    """Fine-tune the pruned network at half the learning rate; writes ``model.pth``.
+    """Fine-tune the pruned network at half the learning rate; writes ``model.pth`` and ``test.logits.npy``.
 
     The baseline teaches it (soft targets) unless the recipe says otherwise. A network that was not pruned is
     kept as it is.
@@ -323,6 +336,6 @@ def finetune(
             work=work,
             loss=loss,
         )
-    result = measure(network, data, hardware) | {"history": history}
+    result = measure(network, data, hardware, work.out) | {"history": history}
     models.save(network, work.out / "model.pth")
     return result

@@ -20,6 +20,7 @@ _MODULES = {
     "cuda-python": "cuda",
     "numpy": "numpy",
     "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
     "pillow": "PIL",
     "tensorrt-rtx-cu13": "tensorrt_rtx",
 }
@@ -124,6 +125,8 @@ def needs(target: Target, found: Probe, where: str) -> dict[str, str]:
     wanted = {"numpy": "", "pillow": ""}
     if target.runtime == "onnxruntime":
         return wanted | {"onnxruntime": ""}
+    if target.runtime == "openvino":
+        return wanted | {"openvino": ">=2025.0"}
     if target.runtime == "tensorrt-rtx":  # an engine runs on the version that built it, which is this machine's
         version = facts.runtimes().get("tensorrt-rtx")
         return wanted | {"tensorrt-rtx-cu13": f"=={version}" if version else "", "cuda-python": "==13.*"}

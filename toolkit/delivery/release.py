@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from toolkit import __version__, units
 from toolkit.agent.releases import FORMAT, identity
 from toolkit.config import Target
 from toolkit.delivery import signing
+from toolkit.devices import Device
 from toolkit.devices.agent import Agent, pack
 from toolkit.devices.content import blocks, opened
 from toolkit.errors import StageError
@@ -189,22 +192,58 @@ def probe(release: Release, agent: Agent, images: int) -> NDArray[np.float32] | 
 
 
 def bench(
-    release: Release, agent: Agent, settings: dict[str, Any], out: Path, progress: Progress
+    release: Release, agent: Agent, request: Mapping[str, Any], out: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Have the agent measure the release; raw data come back as ``latencies.npy`` and ``logits.npy``."""
+    """Have the agent measure the release once; see ``agent/measure.py`` for ``request`` and what is returned.
+
+    The raw files that it names come to ``out``, and ``logits.npy`` where the device could compute them.
+    """
     device = agent.device
-    folder = f"{device.root}/measured/{release.id}"
+    with _measured(device, release.id) as folder:
+        place = {"root": device.root, "release": f"{device.root}/releases/{release.id}", "out": folder}
+        result = agent.ask("bench", {**request, **place}, progress=progress)
+        names = [entry["file"] for entry in result["scenarios"]]
+        if result["telemetry"]:
+            names.append(result["telemetry"])
+        if device.exists(f"{folder}/logits.npy"):
+            names.append("logits.npy")
+        _fetch(device, folder, names, out)
+    return result
+
+
+def compare(
+    releases: tuple[str, str], agent: Agent, request: Mapping[str, Any], out: Path, progress: Progress
+) -> dict[str, Any]:
+    """Have the agent measure two releases in turns, in one process; see ``agent/compare.py`` for ``request``.
+
+    Args:
+        releases: Ids of both; both are on the device.
+        agent: On the device.
+        request: How.
+        out: Where ``a.npy``, ``b.npy`` and ``bursts.npy`` come to.
+        progress: Told how far it is.
+    """
+    device = agent.device
+    with _measured(device, "-".join(releases)) as folder:
+        folders = [f"{device.root}/releases/{release}" for release in releases]
+        place = {"root": device.root, "releases": folders, "out": folder}
+        result = agent.ask("compare", {**request, **place}, progress=progress)
+        _fetch(device, folder, ["a.npy", "b.npy", "bursts.npy"], out)
+    return result
+
+
+@contextlib.contextmanager
+def _measured(device: Device, name: str) -> Iterator[str]:
+    """Yield a folder on the device for raw files: empty at first, gone afterwards."""
+    folder = f"{device.root}/measured/{name}"
+    device.remove(folder)
     try:
-        request = {
-            "root": device.root,
-            "release": f"{device.root}/releases/{release.id}",
-            "out": folder,
-            **settings,
-        }
-        result = agent.ask("bench", request, progress=progress)
-        for name in ("latencies.npy", "logits.npy"):
-            if device.exists(f"{folder}/{name}"):
-                device.get(f"{folder}/{name}", out / name)
+        yield folder
     finally:
         device.remove(folder)
-    return result
+
+
+def _fetch(device: Device, folder: str, names: Sequence[str], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        device.get(f"{folder}/{name}", out / name)

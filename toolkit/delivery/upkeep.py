@@ -124,6 +124,16 @@ def choose(releases: Sequence[Installed], wanted: str | None, where: str) -> Ins
     return release
 
 
+def named(releases: Sequence[Installed], name: str, where: str) -> Installed:
+    """Return the release that ``current`` or the beginning of an id means; raises like :func:`choose`."""
+    if name != "current":
+        return choose(releases, name, where)
+    for release in releases:
+        if release.current:
+            return release
+    raise StageError(f"no release is current on {where}", "`toolkit run TARGET` makes one current")
+
+
 def activate(release_id: str, agent: Agent) -> dict[str, Any]:
     """Make a release current, and see that it runs; returns ``current`` and ``previous``.
 

@@ -75,13 +75,19 @@ def open_device(host: str | None, target: Target, build: Path, root: Path | None
         UsageError: The host is none.
         StageError: It cannot be reached.
     """
-    from toolkit.devices.local import LocalDevice
-
     if host not in (None, "local"):
         return _connected(host, target.root or "~/.toolkit", target.python, target.accept_new_host_key)
     if root is None:
         root = Path(target.root).expanduser() if target.root else build / "devices" / target.name
-    return LocalDevice(root.absolute())
+    return _here(root.absolute())
+
+
+@functools.cache
+def _here(root: Path) -> Device:
+    """Return this machine, the same for everybody who asks: whoever holds its lease holds it for all of a run."""
+    from toolkit.devices.local import LocalDevice
+
+    return LocalDevice(root)
 
 
 @functools.cache

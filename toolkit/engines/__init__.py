@@ -55,8 +55,8 @@ class Order:
 
 
 def spelling(target: Target) -> Literal["onnxruntime", "tensorrt"]:
-    """Return whose Q/DQ a target's runtime takes."""
-    return "onnxruntime" if target.runtime == "onnxruntime" else "tensorrt"
+    """Return whose Q/DQ a target's runtime takes, or is faster with (OpenVINO: docs/performance.md)."""
+    return "onnxruntime" if target.on_cpu else "tensorrt"
 
 
 def require_precision(target: Target, precision: Precision) -> None:
@@ -82,7 +82,7 @@ def identity(order: Order, facts: dict[str, Any]) -> dict[str, Any]:
     """Return what of the place of building goes into an engine; another of these is another engine."""
     runtime = order.target.runtime
     found = {"version": facts["runtimes"].get(runtime)}
-    if runtime == "onnxruntime":
+    if order.target.on_cpu:
         return found | {"arch": facts["arch"], "cpu": facts["cpu"]}
     if runtime == "tensorrt-rtx":
         return found

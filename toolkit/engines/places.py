@@ -12,13 +12,25 @@ from typing import TYPE_CHECKING, cast
 from toolkit.config import Target
 from toolkit.devices import Device, open_device
 from toolkit.devices.agent import Agent
+from toolkit.devices.local import LocalDevice
 from toolkit.errors import StageError
 
 if TYPE_CHECKING:
     from toolkit.containers.images import Choice
     from toolkit.devices.container import ContainerDevice
 
-NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", "onnxruntime": "ONNX Runtime"}
+NAMES = {
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+INSTALL = {
+    "onnxruntime": "python3 -m pip install onnxruntime",
+    "openvino": "python3 -m pip install openvino",
+    "tensorrt": "install it, or build in a container (build: {where: container} in the target file)",
+    "tensorrt-rtx": "python3 -m pip install tensorrt-rtx-cu13",
+}
 _WHY = {
     "ahead-of-time": "{runtime} needs no GPU to build",
     "container": "the image fixes the version of {runtime}",
@@ -92,11 +104,12 @@ def choose(target: Target, build: Path) -> Place:
         require_gpu(target, machine, f"a TensorRT engine for {target.compute_capability} is built on such a GPU")
     if target.where == "container":
         return _contained(target, machine, why)
+    _require_runtime(target, machine)
     return Place(machine, why)
 
 
 def _on_device(target: Target, device: Device, why: str) -> Place:
-    if target.runtime != "onnxruntime":
+    if not target.on_cpu:
         require_gpu(target, device, f"a {NAMES[target.runtime]} engine for {target.name} is built on the device")
     return native_or_contained(target, device, why)
 
@@ -108,6 +121,7 @@ def native_or_contained(target: Target, device: Device, why: str) -> Place:
         StageError: No image fits, or there is no container engine.
     """
     if target.runtime != "tensorrt":
+        _require_runtime(target, device)
         return Place(device, why)
     if target.where == "container":
         return _contained(target, device, why)
@@ -125,6 +139,12 @@ def _contained(target: Target, machine: Device, why: str) -> Place:
     engine = containers.find_engine(machine)
     device = ContainerDevice(machine, engine, choice.image, gpu=target.runtime == "tensorrt")
     return Place(device, f"{why} ({choice.why})", choice)
+
+
+def _require_runtime(target: Target, machine: Device) -> None:
+    """Raise StageError when this machine lacks a target's runtime; another one goes through the doctor."""
+    if isinstance(machine, LocalDevice) and target.runtime not in machine.facts()["runtimes"]:
+        raise StageError(f"{NAMES[target.runtime]} is not installed on {machine.name}", INSTALL[target.runtime])
 
 
 def require_gpu(target: Target, machine: Device, what: str) -> None:

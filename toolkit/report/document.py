@@ -11,10 +11,13 @@ from toolkit.job import Job
 from toolkit.rollout import Host
 from toolkit.stages import Runner
 
+FORMAT = 2  # raised when a reader of older documents would go wrong
 SCHEMA = Path(__file__).with_name("run.schema.json")
 _BENCH = (
-    "scenario", "samples", "latency_ms", "throughput", "batches", "accuracy", "not_measured", "agreement", "images",
-    "peak_memory_bytes", "load_ms", "first_ms", "provider", "settings", "layers", "tuning", "device",
+    "scenario", "samples", "confidence", "method", "latency_ms", "scenarios", "throughput", "batches", "power",
+    "stability", "early_stopping", "warmup", "load_ms", "first_ms", "overhead_ns", "peak_memory_bytes", "accuracy",
+    "top5", "not_measured", "agreement", "attribution", "staircase", "images", "provider", "settings", "layers",
+    "notes", "tuning", "conditions", "ran", "device", "rounds",
 )  # fmt: skip
 
 
@@ -32,7 +35,7 @@ def assemble(
     """
     made = {name: artifact.meta for name, artifact in stages.artifacts.items()}
     return {
-        "format": 1,
+        "format": FORMAT,
         "run": run,
         "target": job.target.name,
         "profile": job.profile.name,
@@ -64,11 +67,12 @@ def _made(stages: Runner, error: ToolkitError | None) -> dict[str, Any]:
             "fingerprint": engine.meta["fingerprint"],
             "sha256": engine.sha256(engine.meta["file"]),
         },
-        "bench": None if bench is None else {key: bench.meta[key] for key in _BENCH},
+        "bench": None if bench is None else {key: bench.meta[key] for key in _BENCH} | stages.regression,
         "verdict": stages.verdict.as_json() if stages.verdict else None,
         "commit": vars(stages.commitment) | {"release": stages.release} if stages.commitment else None,
         "stages": [
-            {"name": d.name, "cached": d.cached, "seconds": d.seconds, "artifact": d.artifact} for d in stages.done
+            {"name": d.name, "cached": d.cached, "seconds": d.seconds, "artifact": d.artifact, "text": d.text}
+            for d in stages.done
         ],
         "artifacts": {name: a.key for name, a in stages.artifacts.items()},
         "error": {"message": error.message, "hint": error.hint} if error else None,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from toolkit import units
-from toolkit.bench.contract import show
+from toolkit.bench.contract import interval, show
 
 
 def describe(stage: str, meta: Mapping[str, Any]) -> str:
@@ -61,6 +61,16 @@ def _quantize(meta: Mapping[str, Any]) -> str:
     return f"{meta['precision']} for {meta['spelling']}, {units.size(meta['bytes'])}{images}"
 
 
+def _reference(meta: Mapping[str, Any]) -> str:
+    images = f"ONNX Runtime on the host, {meta['images']:,} images"
+    if meta["accuracy"]["exported"] is None:
+        return images
+    accuracy = f"{images}: accuracy {meta['accuracy']['exported']:.2%}"
+    if meta["precision"] == "fp32":
+        return accuracy
+    return f"{accuracy}, {meta['accuracy']['graph']:.2%} in {meta['precision']}"
+
+
 def _build(meta: Mapping[str, Any]) -> str:
     capabilities = meta["fingerprint"].get("compute_capability")
     whom = f" for {', '.join(capabilities)}" if capabilities else ""
@@ -73,11 +83,11 @@ def _push(meta: Mapping[str, Any]) -> str:
 
 
 def _bench(meta: Mapping[str, Any]) -> str:
-    latency = meta["latency_ms"]
-    shown = " / ".join("–" if latency[p] is None else f"{latency[p]:.3f}" for p in ("p50", "p90", "p99"))
+    values = [meta["latency_ms"][p]["value"] for p in ("p50", "p90", "p99")]
+    shown = " / ".join("–" if value is None else f"{value:.3f}" for value in values)
     rate = meta["throughput"]
     return (
-        f"p50 / p90 / p99 {shown} ms, {rate['samples_per_s']:,.0f} samples/s at batch {rate['batch']}, "
+        f"p50 / p90 / p99 {shown} ms, {rate['samples_per_s']['value']:,.0f} samples/s at batch {rate['batch']}, "
         f"{_quality(meta)}" + "".join(f", {what} {state}" for what, state in meta["tuning"]["set"].items())
     )
 
@@ -94,6 +104,10 @@ def _quality(meta: Mapping[str, Any]) -> str:
     return f"differs from ONNX Runtime fp32 by at most {agreement['max_absolute']:.1g}"
 
 
+def _compare(meta: Mapping[str, Any]) -> str:
+    return f"beside {meta['against']}: {meta['sentence']}"
+
+
 _DESCRIBE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "data": _data,
     "check": _check,
@@ -102,15 +116,23 @@ _DESCRIBE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "finetune": _network,
     "export": _export,
     "quantize": _quantize,
+    "reference": _reference,
     "build": _build,
     "push": _push,
     "bench": _bench,
+    "compare": _compare,
+    "report": lambda meta: f"{len(meta['charts'])} charts",
 }
 
 
-def summary(document: Mapping[str, Any]) -> str:
-    """Return the end of a run for a terminal: the verdict with its lines, the commitment, the page."""
-    lines = []
+def summary(document: Mapping[str, Any], picture: str = "") -> str:
+    """Return the end of a run for a terminal: latencies, the verdict with its lines, the commitment, the page.
+
+    Args:
+        document: Of the run.
+        picture: Two lines from :func:`toolkit.report.sparkline.picture`; empty where nothing was measured.
+    """
+    lines = [f"latency   {picture.replace(chr(10), chr(10) + 10 * ' ')}"] if picture else []
     if document.get("hosts"):
         lines += _fleet(document["hosts"])
     if document["fast"]:
@@ -120,8 +142,12 @@ def summary(document: Mapping[str, Any]) -> str:
         lines.append(f"contract  {'passed' if verdict['passed'] else verdict['status'].upper()}")
         for line in verdict["lines"]:
             mark = "ok" if line["passed"] else line["status"].upper()
-            measured = show(line["measured"], line["unit"])
-            lines.append(f"  {mark:<9}  {line['what']:<14} {measured:>16}   {line['reason']}")
+            measured, within = show(line["measured"], line["unit"]), interval(line, line["unit"])
+            lines.append(f"  {mark:<9}  {line['what']:<13} {measured:>15}  {within:>23}   {line['reason']}")
+    if document["bench"]:
+        for finding in document["bench"]["stability"]["findings"]:
+            hint = f"; {finding['hint']}" if finding["hint"] else ""
+            lines.append(f"unsteady  {finding['text']}{hint}")
     if document["commit"]:
         commit = document["commit"]
         state = "committed" if commit["committed"] else "not committed"
@@ -135,7 +161,7 @@ def _fleet(hosts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the table of a fleet: a row a host, and how many came through."""
     rows = [("host", "current", "p99", "result")]
     for host in hosts:
-        p99 = host["bench"]["latency_ms"]["p99"] if host["bench"] else None
+        p99 = host["bench"]["latency_ms"]["p99"]["value"] if host["bench"] else None
         latency = "–" if p99 is None else f"{p99:.3f} ms"
         rows.append((host["host"], host["current"] or "–", latency, f"{host['status']}: {host['reason']}"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

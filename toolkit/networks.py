@@ -1,0 +1,199 @@
+"""How the networks of a run come to be: train → prune → finetune → export → quantize; no device has a part in it.
+
+Each stage is asked of the store first and made when it is not there. What a stage is made from stands in its
+line: configuration, input artifacts, and the function that makes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit import compression, engines
+from toolkit.bench import reference
+from toolkit.errors import UsageError
+from toolkit.job import Job
+from toolkit.stages import Runner
+from toolkit.store import Artifact, Work
+
+_NOT_TRAINING = {"finetune_epochs", "teacher", "temperature", "search_images"}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a run; a user's ONNX file was never a network of ours, so that three of them are None.
+
+    Attributes:
+        data: The images, and what is known of them.
+        baseline: The unpruned network.
+        pruned: The pruned one.
+        tuned: The pruned one after fine-tuning.
+        exported: The fp32 graph, which device and host are held against.
+        graph: What the engine is built from: ``exported``, or the same in another precision.
+        reference: What the host's ONNX Runtime computes of the test images by both graphs.
+    """
+
+    data: Artifact
+    baseline: Artifact | None
+    pruned: Artifact | None
+    tuned: Artifact | None
+    exported: Artifact
+    graph: Artifact
+    reference: Artifact
+
+    @property
+    def reference_accuracy(self) -> float | None:
+        """Accuracy that a drop is counted from, 0 to 1; None where the data have no labels."""
+        accuracy: float | None = (self.baseline or self.exported).meta["accuracy"]
+        return accuracy
+
+
+def compress(job: Job, stages: Runner) -> Networks:
+    """Train, prune, fine-tune, export, quantise, ask the host: all that does not depend on a device."""
+    engines.require_precision(job.target, job.precision)
+    data, baseline, pruned, tuned, exported = (shrink if job.model.trainable else take_over)(job, stages)
+    graph = quantize(job, stages, data, exported)
+    return Networks(data, baseline, pruned, tuned, exported, graph, refer(stages, data, exported, graph))
+
+
+def shrink(job: Job, stages: Runner) -> tuple[Artifact, Artifact, Artifact, Artifact, Artifact]:
+    """Train a network, prune it to the budget, fine-tune and export it."""
+    profile, recipe, seed = job.profile, job.recipe, job.seed
+    divisor = profile.channel_divisor
+    model = {"model": compression.sources.identify(job.model)}
+
+    data = prepare(job, stages, profile.input_size)
+    check = stages.make(
+        "check",
+        model | {"divisor": divisor},
+        {"data": data},
+        lambda work: compression.pruning.check(data, job.model, divisor),
+    )
+    if check.meta:
+        compression.budget.require_reachable(check.meta, job.budget, divisor)
+    images = _images(data, recipe.train_images)
+    baseline = stages.make(
+        "train",
+        model | {"recipe": recipe.model_dump(exclude=_NOT_TRAINING), "seed": seed, "fast": job.fast},
+        {"data": data},
+        lambda work: compression.training.train(work, data, job.model, recipe, seed),
+        amount=images * recipe.epochs,
+    )
+    pruned = stages.make(
+        "prune",
+        model
+        | {
+            "budget": job.budget.model_dump(),
+            "divisor": divisor,
+            "pruner": profile.pruner,
+            "recipe": recipe.model_dump(include={"train_images", "val_images", "search_images"}),
+            "seed": seed,
+            "fast": job.fast,
+        },
+        {"data": data, "baseline": baseline},
+        lambda work: compression.pruning.prune(
+            work, data, job.model, baseline, recipe, job.budget, divisor, stages.store.root / ".search", seed
+        ),
+        amount=1,
+    )
+    tuned = stages.make(
+        "finetune",
+        model
+        | {
+            "recipe": recipe.model_dump(exclude={"epochs", "search_images"}),
+            "seed": seed,
+            "fast": job.fast,
+        },
+        {"data": data, "baseline": baseline, "pruned": pruned},
+        lambda work: compression.training.finetune(work, data, job.model, baseline, pruned, recipe, seed),
+        amount=images * recipe.finetune_epochs,
+    )
+    return data, baseline, pruned, tuned, export(job, stages, data, tuned)
+
+
+def take_over(job: Job, stages: Runner) -> tuple[Artifact, None, None, None, Artifact]:
+    """Take over a user's ONNX file, which is neither trained nor pruned."""
+    from toolkit import adopt, onnxfile  # onnx with them
+
+    source = onnxfile.read(job.model, job.profile.input_size, job.precision)
+    data = prepare(job, stages, source.size)
+    for name in ("check", "train", "prune", "finetune"):
+        stages.skip(name, "not needed: the model is an ONNX file")
+    normalization = job.model.normalization and job.model.normalization.model_dump()
+    exported = stages.make(
+        "export",
+        {
+            "model": {"source": "onnx", "content": source.digest},
+            "normalization": normalization,
+            "size": source.size,
+        },
+        {"data": data},
+        lambda work: adopt.adopt(work, data, job.model, source),
+        amount=1,
+    )
+    return data, None, None, None, exported
+
+
+def unpruned(job: Job, stages: Runner, networks: Networks) -> Networks:
+    """Return the networks of a release that is not pruned, in fp32: what the pruned one is held against."""
+    if networks.baseline is None:
+        raise UsageError("an ONNX file was not pruned, so that it has no baseline", "give --against a release")
+    data, baseline = networks.data, networks.baseline
+    exported = export(job, stages, data, baseline)
+    return Networks(data, baseline, None, None, exported, exported, refer(stages, data, exported, exported))
+
+
+def prepare(job: Job, stages: Runner, size: int) -> Artifact:
+    """Read the data, every image brought to ``size`` pixels."""
+    content = compression.data.fingerprint(job.data, stages.store.root / ".index", remember=stages.writes)
+    return stages.make(
+        "data",
+        {"data": content, "size": size},
+        {},
+        lambda work: compression.data.prepare(work, job.data, size, job.build / "downloads"),
+    )
+
+
+def export(job: Job, stages: Runner, data: Artifact, network: Artifact) -> Artifact:
+    """Bring a network to ONNX, held against PyTorch."""
+
+    def make(work: Work) -> dict[str, Any]:
+        from toolkit import export  # PyTorch with it
+
+        return export.export(work, data, job.model, network)
+
+    model = {"model": compression.sources.identify(job.model)}
+    return stages.make("export", model | {"fast": job.fast}, {"data": data, "tuned": network}, make, amount=1)
+
+
+def quantize(job: Job, stages: Runner, data: Artifact, exported: Artifact) -> Artifact:
+    """Return the graph in the precision asked for."""
+    if job.precision == "fp32":
+        stages.skip("quantize", "not needed for fp32")
+        return exported
+    spelling, images = engines.spelling(job.target), job.profile.calibration_images
+    return stages.make(
+        "quantize",
+        {"precision": job.precision, "spelling": spelling, "images": images},
+        {"data": data, "exported": exported},
+        lambda work: compression.quantization.quantize(work, data, exported, job.precision, spelling, images),
+        amount=1,
+    )
+
+
+def refer(stages: Runner, data: Artifact, exported: Artifact, graph: Artifact) -> Artifact:
+    """Ask the host's ONNX Runtime what both graphs say of the test images."""
+    images = data.meta["counts"]["test"] if data.meta else 0
+    return stages.make(
+        "reference",
+        {},
+        {"data": data, "exported": exported, "graph": graph},
+        lambda work: reference.reference(work, data, exported, graph),
+        amount=images * (1 if graph is exported else 2),
+    )
+
+
+def _images(data: Artifact, limit: int | None) -> int:
+    """Return how many training images a recipe uses; 0 while nobody knows."""
+    count = int(data.meta["counts"]["train"]) if data.meta else 0
+    return count if limit is None else min(count, limit)
