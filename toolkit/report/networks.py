@@ -54,7 +54,7 @@ def widths(found: Mapping[str, Sequence[int]]) -> Spec:
 
 def training(train: Sequence[Mapping[str, float]], tune: Sequence[Mapping[str, float]]) -> Spec:
     """Return validation accuracy, epoch by epoch."""
-    names = ["training", "fine-tuning after pruning"]
+    names = ["training", "fine-tuning"]
     rows = [
         {"epoch": number, "phase": names[number > len(train)], "val": epoch["val"], "loss": epoch["loss"]}
         for number, epoch in enumerate([*train, *tune], 1)
