@@ -43,7 +43,7 @@ demo: install
 
 # a worker a core; threads that wait for each other by spinning would slow the others down
 test: install
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(call given,ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(call given,ARGS)
 
 test-containers: install
 	@$(BIN)/python -m pytest -m containers $(call given,ARGS)

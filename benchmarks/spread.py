@@ -10,6 +10,7 @@ tutorial's: a session with one thread, a query that does not count, the clock ar
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ ORDER = {
         {
             "name": "SingleStream",
             "duration_ms": DEFAULT.duration / DEFAULT.rounds,
-            "queries": DEFAULT.queries // DEFAULT.rounds,
+            "queries": math.ceil(DEFAULT.queries / DEFAULT.rounds),
         }
     ],
     "evaluate": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def measure(
 def _scenarios(benchmark: Benchmark, share: float) -> list[dict[str, Any]]:
     """Return what the agent is asked for, ``share`` milliseconds each."""
     found: list[dict[str, Any]] = [
-        {"name": "SingleStream", "duration_ms": share, "queries": benchmark.queries // benchmark.rounds}
+        {"name": "SingleStream", "duration_ms": share, "queries": math.ceil(benchmark.queries / benchmark.rounds)}
     ]
     found += [{"name": "Offline", "batch": batch, "duration_ms": benchmark.duration} for batch in benchmark.batches]
     if benchmark.period is not None:
