@@ -6,6 +6,7 @@ Documentation of the kernel: ``Documentation/ABI/testing/sysfs-devices-system-cp
 
 from __future__ import annotations
 
+import abc
 import glob
 import os
 import re
@@ -30,7 +31,7 @@ class Channel(NamedTuple):
     source: str
 
 
-class Source:
+class Source(abc.ABC):
     """Channels that are read together.
 
     Attributes:
@@ -42,11 +43,11 @@ class Source:
         self.channels: list[Channel] = []
         self.notes: list[str] = []
 
+    @abc.abstractmethod
     def read(self) -> list[float | None]:
         """Return a value of each channel; None where it cannot be told this time."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most have started nothing)
         """End what it has started."""
 
 
