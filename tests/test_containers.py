@@ -244,3 +244,13 @@ def test_what_docker_refuses_is_a_sentence(code: int, stderr: str, words: str) -
 def test_the_program_s_own_exit_is_no_refusal() -> None:
     assert containers.refused(DOCKER, "image:1", 1, "Traceback ...") is None
     assert containers.refused(DOCKER, "image:1", 0, "") is None
+
+
+def test_the_reason_is_not_what_dockers_client_says_of_itself() -> None:
+    stderr = (
+        'docker: Error response from daemon: could not select device driver "" with capabilities: [[gpu]]\n'
+        'time="2026-11-21T18:46:58Z" level=error msg="error waiting for container: context canceled"\n'
+    )
+    error = containers.refused(DOCKER, "standin:1", 125, stderr)
+    assert error is not None
+    assert "cannot give the GPU to a container: Error response from daemon: could not select" in str(error)

@@ -244,7 +244,9 @@ def refused(engine: ContainerEngine, image: str, returncode: int, stderr: str) -
         returncode: What ``docker run`` exited with.
         stderr: What it wrote.
     """
-    lines = [line for line in stderr.strip().splitlines() if "--help" not in line]
+    # docker's client gives up waiting at once and sometimes says that too, after the reason
+    asides = ("--help", "error waiting for container: context canceled")
+    lines = [line for line in stderr.strip().splitlines() if not any(aside in line for aside in asides)]
     reason = lines[-1].removeprefix("docker: ").strip() if lines else f"exit {returncode}"
     if returncode and re.search(r"exec format error", stderr, re.IGNORECASE):
         return StageError(
