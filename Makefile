@@ -10,7 +10,7 @@ TARGETS := $(sort $(basename $(notdir $(wildcard targets/*.yaml))))
 given = $(if $(findstring command,$(origin $(1))),$(2) $($(1)))
 OPTIONS = $(call given,HOST,--host) $(call given,HOSTS,--hosts) $(call given,GROUP,--group) $(call given,DATA,--data) $(call given,MODEL,--model) \
           $(call given,PROFILE,--profile) $(call given,FLOPS,--flops) $(call given,PRECISION,--precision) \
-          $(call given,SEED,--seed) $(if $(call given,FAST),--fast) $(call given,ARGS)
+          $(call given,SEED,--seed) $(if $(call given,FAST),--fast) $(call given,GPUS,--gpus) $(call given,ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-containers test-arm64 lint containers clean $(TARGETS)
@@ -25,7 +25,7 @@ help:
 	@echo 'make clean     remove .venv and build'
 	@echo
 	@echo 'make TARGET    the whole job for a target: $(TARGETS)'
-	@echo '               with DATA=imagefolder:PATH MODEL=resnet20 PROFILE= FLOPS=60M PRECISION=int8 SEED= FAST=1 HOST= HOSTS= GROUP= ARGS='
+	@echo '               with DATA=imagefolder:PATH MODEL=resnet20 PROFILE= FLOPS=60M PRECISION=int8 SEED= FAST=1 GPUS=all HOST= HOSTS= GROUP= ARGS='
 
 install: $(VENV)/installed
 
@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo 'error: no virtual environment can be made; on Debian: apt-get install python3-venv' >&2; exit 2; }
 	@echo 'installing into $(VENV): PyTorch and its libraries are several gigabytes, this takes a few minutes'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,openvino,rtx]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[depgraph,dev,openvino,ray,rtx]'
 	@touch $@
 
 demo: install

@@ -16,15 +16,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
 
 from toolkit import graphs
 from toolkit.agent import engine
-from toolkit.compression import quantization
-from toolkit.store import Work
+from toolkit.compression import calibration
+from toolkit.compression.spelling import Spelling, spell
 
 QUERIES = 50
 # runtime, and the batch size that its engine is tuned for; OpenVINO has one graph for all the others
@@ -67,9 +67,11 @@ def main(model: Path, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         variants = {"fp32": (model, "fp32")}
-        for spelling in ("onnxruntime", "tensorrt"):
+        prepared = calibration.prepare(model)
+        ranges = calibration.calibrate(prepared, images, 32)["minmax"]
+        for spelling in get_args(Spelling):
             path = folder / f"{spelling}.onnx"
-            quantization._to_int8(model, path, images, 25, spelling, Work(folder, folder))
+            onnx.save(spell(prepared, ranges, spelling, "int8"), path)
             variants[f"int8, spelled for {spelling}"] = (path, "int8")
         sessions = {
             (variant, kind): load(graph, kind, precision, shape, folder / f"{kind} {variant}")

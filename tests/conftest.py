@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 TARGET = "description: a small job\nprofile: tiny\nruntime: onnxruntime\n"
 PROFILE = """\
 flops: 80%
 channel_divisor: 16
-recipe: {epochs: 3, finetune_epochs: 2, batch: 32, train_images: 320, search_images: 64, flip: false, crop: 2}
+recipe: {epochs: 3, finetune_epochs: 2, batch: 32, lr: 0.1, train_images: 320, search_images: 64,
+         flip: false, crop: 2}
 benchmark: {warmup: 20 ms, duration: 100 ms, queries: 400, batches: [1, 4]}
 contract: {latency_p99: 1 s, max_accuracy_drop: 100 %, engine_size: 50 MB}
 """
@@ -64,18 +67,22 @@ def toolkit(tmp_path: Path) -> Toolkit:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A small job that was run to its end, and its document; tests only read it."""
-    folder = write_job(tmp_path_factory.mktemp("finished"))
-    result = run_toolkit(folder, "run", "tiny", "--json", "--precision", "int8")
-    assert result.returncode == 0, result.stderr
-    return folder, json.loads(result.stdout)
+    """A small job that was run to its end, and its document; made once for all workers, and tests only read it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, printed = root / "finished", root / "finished.json"
+    with FileLock(root / "finished.lock"):
+        if not printed.exists():
+            result = run_toolkit(write_job(folder), "run", "tiny", "--json", "--precision", "int8")
+            assert result.returncode == 0, result.stderr
+            printed.write_text(result.stdout)
+    return folder, json.loads(printed.read_text())
 
 
 @pytest.fixture
 def finished_copy(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
     """A copy of the finished job that a test may change."""
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder, symlinks=True)
     return folder

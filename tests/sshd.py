@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,14 @@ needs_sshd = pytest.mark.skipif(
 
 def keygen(*arguments: str) -> None:
     subprocess.run(["ssh-keygen", "-q", *arguments], check=True)
+
+
+@functools.cache
+def rsa_key() -> dict[str, str]:
+    """The files of one RSA key for all servers, since making one takes long."""
+    with tempfile.TemporaryDirectory() as folder:
+        keygen("-t", "rsa", "-N", "", "-f", f"{folder}/id_rsa")
+        return {path.name: path.read_text() for path in Path(folder).iterdir()}
 
 
 def free_port() -> int:
@@ -64,9 +74,11 @@ class Server:
         self.address = address
         self.namespace = namespace
         self.port = free_port()
-        for name in ("host_key", "id_ed25519", "id_rsa", "id_ecdsa", "stranger"):
-            kind = {"id_rsa": "rsa", "id_ecdsa": "ecdsa"}.get(name, "ed25519")
-            keygen("-t", kind, "-N", "", "-f", str(folder / name))
+        for name in ("host_key", "id_ed25519", "id_ecdsa", "stranger"):
+            keygen("-t", "ecdsa" if name == "id_ecdsa" else "ed25519", "-N", "", "-f", str(folder / name))
+        for name, text in rsa_key().items():
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o600)
         keys = [(folder / f"{name}.pub").read_text() for name in ("id_ed25519", "id_rsa", "id_ecdsa")]
         (folder / "authorized_keys").write_text("".join(keys))
         (folder / "sshd_config").write_text(

@@ -26,7 +26,7 @@ def test_every_shipped_file_is_valid(kind: str) -> None:
         ("flops: 60%\ncontract:\n  latency_p99: 2 MB\n", ":3: contract.latency_p99: unit 'MB' is not known here"),
         ("flops: lots\n", ":1: flops: 'lots' is not a number"),
         ("flops: 60%\nrecipe:\n  epochs: twelve\n", ":3: recipe.epochs: input should be a valid integer"),
-        ("flops: 60%\nprecision: fp8\n", ":2: precision: input should be 'fp32', 'fp16' or 'int8'"),
+        ("flops: 60%\nprecision: fp4\n", ":2: precision: input should be 'fp32', 'fp16', 'int8' or 'fp8'"),
         ("precision: fp32\n", ":1: the key 'flops' is missing"),
         ("flops: 60%\nflops: 50%\n", ":2: 'flops' stands here a second time"),
         ("flops: [60%\n", ":2: "),
@@ -73,8 +73,8 @@ def test_recipes_are_layered_and_fast_shortens() -> None:
     profile = config.Profile(name="x", flops="50%", recipes={"digits": {"epochs": 7, "flip": False}})
     assert profile.recipe_for("cifar10", fast=False).epochs == 120
     digits = profile.recipe_for("digits", fast=True)
-    assert (digits.epochs, digits.flip, digits.finetune_epochs, digits.train_images) == (7, False, 12, 12_000)
-    assert digits.weight_decay == 1e-3
+    assert (digits.epochs, digits.flip, digits.finetune_epochs, digits.train_images) == (7, False, 8, 12_000)
+    assert (digits.weight_decay, digits.crop) == (1e-3, 2)
 
 
 @pytest.mark.parametrize("text", ["60M", "75%", "1.2G"])
@@ -148,3 +148,14 @@ def test_a_wrong_power_mode_or_clocks(line: str, message: str, tmp_path: Path) -
         files.read_file(config.Target, path)
     path.write_text("profile: jetson-orin\nruntime: onnxruntime\npower_mode: 0\n")
     assert files.read_file(config.Target, path).power_mode == "0"
+
+
+def test_weights_shorten_the_recipe_and_never_lengthen_it() -> None:
+    profile = config.Profile(
+        name="p", flops="50%", recipe=config.Recipe(epochs=200, lr=0.1), transfer={"epochs": 40}
+    )
+    started = profile.recipe_for("digits", fast=False, transfer=True)
+    assert (started.epochs, started.lr) == (40, 0.02)
+    assert started.model_dump(exclude={"epochs", "lr"}) == profile.recipe.model_dump(exclude={"epochs", "lr"})
+    kept = config.Profile(name="p", flops="50%", recipe=config.Recipe(epochs=0))
+    assert kept.recipe_for("digits", fast=True, transfer=True).epochs == 0, "the weights as they are"

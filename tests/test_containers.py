@@ -135,6 +135,14 @@ def test_files_belong_to_who_calls() -> None:
     assert "--user 0:0 --security-opt label=disable" in " ".join(command(rootless))
 
 
+def test_shared_memory_is_as_large_as_asked_for() -> None:
+    assert "--shm-size" not in command(DOCKER)
+    for engine in (DOCKER, PODMAN):
+        line = command(engine, shared_memory="1g")
+        assert line[line.index("--shm-size") + 1] == "1g"
+        assert line.index("--shm-size") < line.index("image:1")
+
+
 def test_a_path_with_a_comma_is_mounted() -> None:
     assert '"source=/a,b"' in command(DOCKER, mounts=["/a,b"])[command(DOCKER).index("--mount") + 1]
 

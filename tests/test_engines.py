@@ -16,7 +16,8 @@ from torch import nn
 from tests.conftest import run_toolkit
 from toolkit import engines, export, graphs, pipeline
 from toolkit.agent import trt
-from toolkit.compression import models, quantization
+from toolkit.compression import calibration, models, quantization
+from toolkit.compression.spelling import spell
 from toolkit.config import Model, Precision, Target
 from toolkit.console import Console
 from toolkit.devices import Device
@@ -86,9 +87,10 @@ def spelled(source: Path, precision: Precision, folder: Path, size: int) -> Path
     path = folder / f"{precision}.onnx"
     if precision == "fp16":
         onnx.save(quantization._to_fp16(onnx.load(source)), path)
-    elif precision == "int8":
+    elif precision != "fp32":
         images = np.random.default_rng(0).integers(0, 256, (32, 3, size, size), np.uint8)
-        quantization._to_int8(source, path, images, 32, "tensorrt", Work(folder, folder))
+        model = calibration.prepare(source)
+        onnx.save(spell(model, calibration.calibrate(model, images, 32)["minmax"], "tensorrt", precision), path)
     else:
         path.write_bytes(source.read_bytes())
     (folder / "graph").mkdir(exist_ok=True)
@@ -109,7 +111,8 @@ def build(graph: Path, asked: Order, folder: Path) -> dict[str, Any]:
         ("fp16", NEW_GPUS),
         ("fp32", NEW_GPUS),
         ("int8", NEW_GPUS),
-        *[("fp16", [capability]) for capability in NEW_GPUS],
+        ("fp8", ["sm_89", "sm_120"]),
+        *[(precision, [capability]) for precision in ("fp16", "int8") for capability in NEW_GPUS],
     ],
 )
 def test_a_pruned_resnet20(pruned: Path, tmp_path: Path, precision: Precision, capabilities: list[str]) -> None:
@@ -128,11 +131,16 @@ def test_a_pruned_resnet20(pruned: Path, tmp_path: Path, precision: Precision, c
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
 def test_torchvision_networks(tmp_path: Path, name: str) -> None:
-    graph = spelled(torchvision(name, tmp_path), "fp16", tmp_path, 64)
-    for number, capabilities in enumerate((["sm_75"], NEW_GPUS)):
+    source = torchvision(name, tmp_path)
+    asked: tuple[tuple[Precision, list[str]], ...] = (
+        ("fp16", ["sm_75"]), ("fp16", NEW_GPUS), ("int8", NEW_GPUS)
+    )  # fmt: skip
+    for number, (precision, capabilities) in enumerate(asked):
         folder = tmp_path / str(number)
         folder.mkdir()
-        assert build(graph, order("fp16", 64, *capabilities), folder)["bytes"] > 1_000_000
+        graph = spelled(source, precision, folder, 64)
+        assert set(graphs.precisions(graph).values()) == {precision}
+        assert build(graph, order(precision, 64, *capabilities), folder)["bytes"] > 1_000_000
 
 
 def test_an_operator_that_the_runtime_lacks_is_named(tmp_path: Path) -> None:
@@ -154,6 +162,17 @@ def test_turing_is_built_for_alone_and_in_fp16() -> None:
     with pytest.raises(UsageError, match="alone, not together with sm_80"):
         engines.require_precision(target("sm_75", "sm_80"), "fp16")
     engines.require_precision(target("sm_75"), "fp16")
+
+
+def test_fp8_begins_with_ada() -> None:
+    engines.require_precision(target("sm_89", "sm_120"), "fp8")
+    engines.require_precision(target("sm_110", runtime="tensorrt", arch="aarch64", build={}), "fp8")
+    with pytest.raises(UsageError, match="sm_80, sm_86 has no fp8, which begins with sm_89") as error:
+        engines.require_precision(target(*NEW_GPUS), "fp8")
+    assert error.value.hint == "--precision int8 or fp16"
+    on_cpu = target("sm_80").model_copy(update={"runtime": "openvino"})
+    with pytest.raises(UsageError, match="openvino does not compute in fp8 on a CPU"):
+        engines.require_precision(on_cpu, "fp8")
 
 
 @pytest.mark.parametrize(("name", "capability"), [("a100", "sm_80"), ("t4", "sm_75")])

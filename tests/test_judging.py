@@ -97,3 +97,13 @@ def test_two_engines_in_turns(finished_copy: Path, finished: Finished) -> None:
     refused = run_toolkit(finished_copy, "compare", *TINY, "--hosts", "a,b")
     assert refused.returncode == 2
     assert "two engines are compared on one device" in refused.stderr
+
+
+def test_fine_tuning_may_end_when_its_accuracy_suffices(finished_copy: Path) -> None:
+    document = run(finished_copy, *TINY, "--until", "contract")
+    (line,) = [stage["text"] for stage in document["stages"] if stage["name"] == "finetune"]
+    assert "suffices" in line, "any accuracy is within 100 % of the unpruned network's"
+    write_job(finished_copy, PROFILE.replace("max_accuracy_drop: 100 %, ", ""))
+    refused = run_toolkit(finished_copy, "run", *TINY, "--until", "contract")
+    assert refused.returncode == 2
+    assert "asks for no accuracy, so that none suffices" in refused.stderr

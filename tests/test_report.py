@@ -263,7 +263,7 @@ def test_several_runs_are_set_side_by_side(browser: Any, measured: Measured, tmp
 def test_the_front_is_what_nothing_dominates() -> None:
     rows = [
         {"label": "a", "p50": {"value": 1.0, "low": 0.9, "high": 1.1}, "accuracy": 0.9, "low": 0.8, "high": 1.0,
-         "front": True},
+         "front": True, "mark": "a", "recommended": False, "current": True},
     ]  # fmt: skip
     spec = pareto(rows)
     assert spec["data"]["values"][0]["ms_high"] == 1.1

@@ -167,22 +167,24 @@ def test_the_current_release_that_breaks_its_contract_gives_way_to_the_previous(
     assert (root / "current").resolve().name == before["previous"]
 
 
-def test_a_fast_run_is_marked_everywhere_and_not_committed(job: Path, toolkit: Toolkit) -> None:
+def test_a_fast_run_is_marked_everywhere_and_not_committed(finished_copy: Path) -> None:
+    for kept in ("devices", "runs"):
+        shutil.rmtree(finished_copy / "build" / kept)
     profile = PROFILE + "fast: {epochs: 1, finetune_epochs: 1, train_images: 200, val_images: 50}\n"
-    write_job(job, profile)
-    result = toolkit("run", "tiny", "--fast")
+    write_job(finished_copy, profile)
+    result = run_toolkit(finished_copy, "run", "tiny", "--fast")
     assert result.returncode == 0, result.stderr
     assert "fast run" in result.stderr
     assert "FAST RUN" in result.stdout
     assert "not committed: a fast run is not committed without --allow-fast" in result.stdout
-    root = job / "build" / "devices" / "tiny"
+    root = finished_copy / "build" / "devices" / "tiny"
     assert not (root / "current").exists()
     (release,) = (root / "releases").iterdir()
     assert json.loads((release / "manifest.json").read_text())["fast"] is True
-    (page,) = (job / "build" / "runs").glob("*/report.html")
+    (page,) = (finished_copy / "build" / "runs").glob("*/report.html")
     assert "Fast run" in page.read_text()
     assert "Fast run" in page.with_suffix(".md").read_text()
-    result = toolkit("run", "tiny", "--fast", "--allow-fast", "--json")
+    result = run_toolkit(finished_copy, "run", "tiny", "--fast", "--allow-fast", "--json")
     run = json.loads(result.stdout)
     assert run["fast"] is True
     assert run["commit"]["committed"]
@@ -209,40 +211,41 @@ def test_plan_changes_nothing_and_agrees_with_the_run(finished_copy: Path, job: 
     assert not (job / "build").exists()
 
 
-@pytest.mark.parametrize("target", ["a100", "t4", "jetson-orin", "jetson-orin-nano", "jetson-thor"])
-def test_a_target_whose_gpu_is_not_here_goes_as_far_as_it_can(finished_copy: Path, target: str) -> None:
-    """The profile is the finished job's, so that only the target's own part is left to do."""
-    result = run_toolkit(finished_copy, "run", target, "--profile", "tiny", "--precision", "fp16", "--json")
-    assert result.returncode == 1
-    run = json.loads(result.stdout)
-    jsonschema.validate(run, SCHEMA)
-    assert [stage["name"] for stage in run["stages"]] == STAGES[:8]
-    assert "no NVIDIA GPU" in run["error"]["message"]
-    assert "not done: build, push, bench, compare, report; the rest is kept" in result.stderr
-    quantized = finished_copy / "build" / "store" / "quantize" / run["artifacts"]["quantize"]
-    assert json.loads((quantized / "artifact.json").read_text())["meta"]["spelling"] == "tensorrt"
+def test_a_target_whose_gpu_is_not_here_goes_as_far_as_it_can(finished_copy: Path) -> None:
+    """The profile is the finished job's, so that only the target's own part is left to do, and most of it once."""
+    for target in ("a100", "t4", "jetson-orin", "jetson-orin-nano", "jetson-thor"):
+        result = run_toolkit(finished_copy, "run", target, "--profile", "tiny", "--precision", "fp16", "--json")
+        assert result.returncode == 1, target
+        run = json.loads(result.stdout)
+        jsonschema.validate(run, SCHEMA)
+        assert [stage["name"] for stage in run["stages"]] == STAGES[:8]
+        assert "no NVIDIA GPU" in run["error"]["message"]
+        assert "not done: build, push, bench, compare, report; the rest is kept" in result.stderr
+        quantized = finished_copy / "build" / "store" / "quantize" / run["artifacts"]["quantize"]
+        assert json.loads((quantized / "artifact.json").read_text())["meta"]["spelling"] == "tensorrt"
 
 
 def test_garbage_collection(finished_copy: Path) -> None:
     result = run_toolkit(finished_copy, "gc")
     assert "nothing to remove" in result.stdout
-    again(finished_copy, "--flops", "70%", verb="prune")
+    again(finished_copy, "--flops", "120%", verb="prune")
     result = run_toolkit(finished_copy, "gc", "--keep", "1")
     assert "/prune/" in result.stdout
     assert "/train/" not in result.stdout
     assert "can be removed" in result.stdout
     result = run_toolkit(finished_copy, "gc", "--keep", "1", "--remove")
     assert "removed" in result.stdout
-    run, _ = again(finished_copy, "--flops", "70%", verb="prune")
+    run, _ = again(finished_copy, "--flops", "120%", verb="prune")
     assert all(states(run).values())
-    run, _ = again(finished_copy, verb="export")
-    assert not states(run)["export"]
+    plan, _ = again(finished_copy, verb="plan")
+    assert not states(plan)["export"]
 
 
-def test_two_runs_at_once_share_the_work(job: Path, finished: Finished) -> None:
+def test_two_runs_at_once_share_the_work(finished_copy: Path, finished: Finished) -> None:
+    shutil.rmtree(finished_copy / "build" / "store" / "train")
     command = [sys.executable, "-m", "toolkit", "train", "tiny", "--json"]
     runs = [
-        subprocess.Popen(command, cwd=job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(command, cwd=finished_copy, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     printed = [run.communicate(timeout=300) for run in runs]
@@ -255,23 +258,33 @@ def test_two_runs_at_once_share_the_work(job: Path, finished: Finished) -> None:
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 200
-    while not condition() and process.poll() is None and time.monotonic() < end:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("stage", ["data", "train", "prune", "bench"])
-def test_ctrl_c_ends_with_130_and_loses_nothing(finished_copy: Path, finished: Finished, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "begun"),
+    [
+        ("data", ".partial/data-*"),
+        ("train", ".resume/train-*/checkpoint.pt"),
+        ("prune", ".resume/prune-*/search.pth"),
+        ("bench", ".partial/bench-*"),
+    ],
+)
+def test_ctrl_c_ends_with_130_and_loses_nothing(
+    finished_copy: Path, finished: Finished, stage: str, begun: str
+) -> None:
     store = finished_copy / "build" / "store"
-    for name in STAGES[STAGES.index(stage) :]:
-        shutil.rmtree(store / name, ignore_errors=True)
+    shutil.rmtree(store / stage)
     command = [sys.executable, "-m", "toolkit", "run", "tiny", "--precision", "int8"]
     process = subprocess.Popen(
         command, cwd=finished_copy, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_for(lambda: list((store / ".partial").glob(f"{stage}-*")), process)
-    time.sleep(0.2)
+    wait_for(lambda: list(store.glob(begun)), process)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=200)
     assert process.returncode == 130, told
     assert "the same command continues where it stopped" in told
     assert "Traceback" not in told
@@ -279,31 +292,28 @@ def test_ctrl_c_ends_with_130_and_loses_nothing(finished_copy: Path, finished: F
     assert digests(run) == digests(finished[1])
 
 
-def test_kill_9_at_many_moments_ends_in_the_same_artifacts(tmp_path: Path, finished: Finished) -> None:
-    """Kill the run again and again until one comes through; every moment may be hit."""
-    job = write_job(tmp_path / "killed")
-    command = [sys.executable, "-m", "toolkit", "run", "tiny", "--precision", "int8", "--json"]
-    kills, delay = 0, 4.0
-    while True:
-        process = subprocess.Popen(
-            command, cwd=job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        try:
-            printed, told = process.communicate(timeout=delay)
-        except subprocess.TimeoutExpired:
+def test_kill_9_in_one_stage_after_another_ends_in_the_same_artifacts(
+    finished_copy: Path, finished: Finished
+) -> None:
+    """A run is killed as soon as it has something to lose; the next one goes on with what is left."""
+    build = finished_copy / "build"
+    store = build / "store"
+    shutil.rmtree(build / "devices")
+    for name in [".search", *STAGES[STAGES.index("train") :]]:
+        shutil.rmtree(store / name, ignore_errors=True)
+    command = [sys.executable, "-m", "toolkit", "run", "tiny", "--precision", "int8"]
+    for kept in (
+        ".resume/train-*/checkpoint.pt", ".resume/prune-*/search.pth", ".partial/export-*/*", ".partial/bench-*",
+    ):  # fmt: skip
+        with subprocess.Popen(
+            command, cwd=finished_copy, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            wait_for(lambda kept=kept: list(store.glob(kept)), process)
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            kills += 1
-            delay += 0.35
-            continue
-        break
-    assert process.returncode == 0, told
-    run = json.loads(printed)
-    assert kills >= 3, "the machine is so fast that nothing was interrupted; shorten the delay"
+    run, _ = again(finished_copy)
     assert digests(run) == digests(finished[1])
-    store = job / "build" / "store"
     assert not list((store / ".partial").iterdir())
-    current = (job / "build" / "devices" / "tiny" / "current").resolve()
+    current = (build / "devices" / "tiny" / "current").resolve()
     assert current.name == finished[1]["commit"]["release"]
 
 

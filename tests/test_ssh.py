@@ -52,8 +52,8 @@ def connect(server: Server, tmp_path: Path) -> Callable[..., SshDevice]:
 
 
 def gone(pid: str) -> bool:
-    """Wait for a process to end, 5 seconds at most."""
-    for _ in range(50):
+    """Wait for a process to end, 30 seconds at most."""
+    for _ in range(300):
         if not Path(f"/proc/{pid}").exists():
             return True
         time.sleep(0.1)

@@ -20,9 +20,9 @@ from toolkit.agent import facts
 from toolkit.agent.ort import Session
 from toolkit.bench.products import products
 from toolkit.bench.staircase import multiple, staircase
-from toolkit.compression import flops, models, quantization
+from toolkit.compression import calibration, flops, models
+from toolkit.compression.spelling import spell
 from toolkit.config import Model
-from toolkit.store import Work
 
 AVX512 = {"vector_bits": 512, "gpus": []}
 Layers = list[dict[str, Any]]
@@ -67,7 +67,8 @@ def write(network: nn.Module, folder: Path, size: int = 32) -> Path:
 def int8(source: Path) -> Path:
     images = np.random.default_rng(0).integers(0, 256, (32, 3, 32, 32), np.uint8)
     target = source.with_name("int8.onnx")
-    quantization._to_int8(source, target, images, 32, "onnxruntime", Work(source.parent, source.parent))
+    model = calibration.prepare(source)
+    onnx.save(spell(model, calibration.calibrate(model, images, 32)["minmax"], "onnxruntime", "int8"), target)
     return target
 
 

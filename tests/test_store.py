@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -104,6 +105,21 @@ def test_altered_meta_is_noticed(store: Store) -> None:
         store.lookup("stage", "k")
 
 
+def test_an_artifact_of_another_store_is_taken_over_whole(store: Store, tmp_path: Path) -> None:
+    made = produce(Store(tmp_path / "elsewhere"))
+
+    def fill(out: Path) -> None:
+        shutil.copytree(made.path, out, dirs_exist_ok=True)
+
+    store.receive("stage", "k", fill)
+    found = produce(store, make=lambda work: pytest.fail("made again"))
+    assert (found.cached, found.digest) == (True, made.digest)
+    store.receive("stage", "k", lambda out: pytest.fail("fetched again"))
+    (made.path / "b.txt").write_text("c")
+    with pytest.raises(DamagedError, match=r"b\.txt was altered"):
+        store.receive("stage", "other", fill)
+
+
 def test_rerun_replaces(store: Store) -> None:
     produce(store)
     again = produce(store, make=lambda work: {"answer": 1}, rerun=True)
@@ -136,9 +152,13 @@ def test_two_processes_make_it_once(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from toolkit.store import Store
+waits = Path({str(tmp_path / "waits")!r})
 def make(work):
-    time.sleep(1); (work.out / "f").write_text("x"); return {{}}
-a = Store(Path({str(tmp_path)!r})).produce("s", "k", make, config={{}}, inputs={{}}, warn=lambda t: print(t))
+    while not waits.exists(): time.sleep(0.01)
+    (work.out / "f").write_text("x"); return {{}}
+def warn(text):
+    print(text); waits.touch()
+a = Store(Path({str(tmp_path)!r})).produce("s", "k", make, config={{}}, inputs={{}}, warn=warn)
 print(a.cached)
 """
     processes = [

@@ -23,6 +23,8 @@ _VERBS = {
     "build": "toolkit.commands.run",
     "push": "toolkit.commands.run",
     "bench": "toolkit.commands.run",
+    "sweep": "toolkit.commands.sweep",
+    "profile-table": "toolkit.commands.profile_table",
     "compare": "toolkit.commands.compare",
     "report": "toolkit.commands.report",
     "targets": "toolkit.commands.targets",
@@ -49,7 +51,7 @@ class _Verbs(click.Group):
         if cmd_name not in _VERBS:
             return None
         module = importlib.import_module(_VERBS[cmd_name])
-        command = getattr(module, cmd_name)
+        command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         return command
 

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
@@ -21,8 +22,10 @@ from pydantic import (
 from toolkit import units
 from toolkit.errors import UsageError
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "fp8"]
+PrunerName = Literal["fastnas", "depgraph"]
 RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+Gpus = int | Literal["all"]
 
 
 def _read(table: dict[str, float]) -> BeforeValidator:
@@ -78,28 +81,44 @@ class Recipe(Strict):
 
     epochs: int = Field(default=120, ge=0)
     finetune_epochs: int = Field(default=120, ge=0)
-    batch: int = Field(default=64, ge=2)
-    lr: float = Field(default=0.1, gt=0)
+    batch: int = Field(default=128, ge=2)
+    lr: float = Field(default=0.2, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     flip: bool = True
     crop: int = Field(default=4, ge=0)
+    gradient_checkpointing: bool = False
     teacher: bool = True
     temperature: float = Field(default=4.0, gt=0)
+    qat: Literal["auto", "always"] = "auto"
+    qat_epochs: int = Field(default=12, ge=0)
     train_images: int | None = Field(default=None, ge=1)
     val_images: int | None = Field(default=None, ge=1)
     search_images: int = Field(default=2000, ge=1)
+
+    def images_per_epoch(self, available: int) -> int:
+        """Return how many of the training images an epoch sees."""
+        return min(available, self.train_images or available)
 
 
 class Fast(Strict):
     """What ``--fast`` does to a recipe: upper limits, and at least so much weight decay."""
 
-    epochs: int = Field(default=20, ge=1)
-    finetune_epochs: int = Field(default=12, ge=1)
+    epochs: int = Field(default=14, ge=1)
+    finetune_epochs: int = Field(default=8, ge=1)
+    qat_epochs: int = Field(default=2, ge=0)
     train_images: int = Field(default=12_000, ge=1)
     val_images: int = Field(default=2_000, ge=1)
+    crop: int = Field(default=2, ge=0)
     weight_decay: float = Field(default=1e-3, ge=0)
+
+
+class Transfer(Strict):
+    """What ``--weights`` does to a recipe, since it begins with a trained network: upper limits."""
+
+    epochs: int = Field(default=30, ge=0)
+    lr: float = Field(default=0.02, gt=0)
 
 
 class Contract(Strict):
@@ -140,12 +159,13 @@ class Profile(Strict):
     input_size: int = Field(default=32, ge=8)
     flops: Annotated[Flops, BeforeValidator(Flops.parse)]
     channel_divisor: int = Field(default=16, ge=1)
-    pruner: Literal["fastnas"] = "fastnas"
+    pruner: PrunerName = "fastnas"
     precision: Precision = "fp32"
     calibration_images: int = Field(default=512, ge=1)
     recipe: Recipe = Recipe()
     recipes: dict[str, dict[str, Any]] = Field(default={})
     fast: Fast = Fast()
+    transfer: Transfer = Transfer()
     contract: Contract = Contract()
     benchmark: Benchmark = Benchmark()
 
@@ -168,9 +188,12 @@ class Profile(Strict):
             Recipe(**changes)
         return recipes
 
-    def recipe_for(self, data: str, *, fast: bool) -> Recipe:
-        """Return the recipe for a kind of data: the profile's, that data's changes, what ``fast`` does to it."""
+    def recipe_for(self, data: str, *, fast: bool, transfer: bool = False) -> Recipe:
+        """Return the recipe for a kind of data: the profile's, that data's changes, what the others do to it."""
         recipe = self.recipe.model_dump() | self.recipes.get(data, {})
+        if transfer:
+            for key, limit in self.transfer.model_dump().items():
+                recipe[key] = min(limit, recipe[key])
         if fast:
             for key, limit in self.fast.model_dump(exclude={"weight_decay"}).items():
                 recipe[key] = limit if recipe[key] is None else min(limit, recipe[key])
@@ -289,19 +312,32 @@ class Target(Strict):
         return self.model_copy(update={"host": None, "hosts": list(dict.fromkeys(hosts)), "groups": {}})
 
     def using(self, runtime: RuntimeName) -> Target:
-        """Return the target with another runtime, whose engine is built where that runtime's naturally is."""
+        """Return the target with another runtime, whose engine is built where that runtime's naturally is.
+
+        Raises:
+            UsageError: It does not go with that runtime.
+        """
         if runtime == self.runtime:
             return self
         values = self.model_dump()
-        return Target(**values | {"runtime": runtime, "build": values["build"] | {"where": None}})
+        try:
+            return Target(**values | {"runtime": runtime, "build": values["build"] | {"where": None}})
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise UsageError(f"--runtime {runtime}: {problem}", f"toolkit targets show {self.name}") from None
 
 
 class Data(Strict):
-    """Which data: a labelled set, the user's own inputs without labels, or none (seeded random inputs)."""
+    """Which data: a labelled set, the user's own inputs without labels, or none (seeded random inputs).
+
+    Attributes:
+        content: Hash of an image folder that lies on another machine.
+    """
 
     kind: str
     path: str | None = None
     skip_bad_images: bool = False
+    content: str | None = None
 
     @classmethod
     def parse(cls, text: str, *, skip_bad_images: bool = False) -> Data:
@@ -388,7 +424,10 @@ class Model(Strict):
                 "--mean, --std and --input-range are for an ONNX file; any other model's are those of its data",
                 "leave them out",
             )
-        if weights is not None and not Path(weights).is_file():
+        if weights == TORCHVISION:
+            if head != "torchvision":
+                raise UsageError(f"torchvision has no weights of '{text}'", "give --weights FILE")
+        elif weights is not None and not Path(weights).is_file():
             raise UsageError(f"the checkpoint '{weights}' is not a file", "give --weights an existing file")
         if text in BUILT_IN_MODELS:
             return cls(source="built-in", name=text, weights=weights)
@@ -397,6 +436,21 @@ class Model(Strict):
         if colon and re.fullmatch(r"[A-Za-z_][\w.]*", head) and re.fullmatch(r"[A-Za-z_]\w*", tail):
             return cls(source="factory", name=text, weights=weights)
         raise UsageError(f"no model is called '{text}'", units.nearest(text, MODEL_NAMES))
+
+    @classmethod
+    def parse_teacher(cls, text: str) -> Model:
+        """Read the value of ``--teacher``: a model and its checkpoint, ``MODEL=FILE``."""
+        name, _, file = text.partition("=")
+        if not file:
+            raise UsageError(
+                f"--teacher {text} names no checkpoint",
+                "write --teacher MODEL=FILE, as torchvision:resnet50=best.pt",
+            )
+        if not Path(file).is_file():
+            raise UsageError(f"the teacher's checkpoint '{file}' is not a file", "write --teacher MODEL=FILE")
+        if name.startswith("onnx:"):
+            raise UsageError("an ONNX file cannot teach", "give the PyTorch model with its checkpoint")
+        return cls.parse(name, file)
 
     @property
     def trainable(self) -> bool:
@@ -410,4 +464,5 @@ class Model(Strict):
 
 
 BUILT_IN_MODELS = ("resnet20",)
+TORCHVISION = "torchvision"  # the value of --weights that means its own
 MODEL_NAMES = [*BUILT_IN_MODELS, "torchvision:NAME", "package.module:factory", "onnx:FILE"]

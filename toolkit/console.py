@@ -20,10 +20,14 @@ class Console:
 
     Args:
         quiet: Show warnings only.
+        brief: Leave out stages that had nothing to do.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    brief = False
+
+    def __init__(self, *, quiet: bool = False, brief: bool = False) -> None:
         self.quiet = quiet
+        self.brief = brief
         self.live = sys.stderr.isatty() and not quiet
 
     def say(self, text: str) -> None:

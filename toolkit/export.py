@@ -7,9 +7,9 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -25,6 +25,8 @@ from toolkit.config import Model
 from toolkit.errors import StageError
 from toolkit.graphs import ABSOLUTE, INPUT, OUTPUT, RELATIVE, difference, run_onnx
 from toolkit.store import Artifact, Work
+
+Value = TypeVar("Value")
 
 OPSET = 17  # the newest that TensorRT 8.5 (JetPack 5.1) reads
 _COMPARED_IMAGES = 256
@@ -67,24 +69,7 @@ def export(work: Work, data: Artifact, model: Model, tuned: Artifact) -> dict[st
     network.eval()
     wrapped = _WithPreprocessing(network, data.meta["mean"], data.meta["std"]).eval()
     path = work.out / "model.onnx"
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                wrapped,
-                (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
-                str(path),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
-                opset_version=OPSET,
-                dynamo=False,  # converts to opset 17 directly and names nodes by module
-            )
-    except Exception as error:
-        raise StageError(
-            f"the network cannot be exported to ONNX: {type(error).__name__}: {str(error).splitlines()[0]}",
-            f"use operators that ONNX opset {OPSET} has",
-        ) from error
+    _write(wrapped, size, path)
     graph = onnx.load(path)
     onnx.helper.set_model_props(
         graph,
@@ -112,6 +97,44 @@ def export(work: Work, data: Artifact, model: Model, tuned: Artifact) -> dict[st
         "accuracy": tuned.meta["accuracy"],
         "classes": classes,
     }
+
+
+def export_again(network: nn.Module, data: Artifact, exported: Artifact, path: Path) -> None:
+    """Write the graph of a network that was exported before, with the weights that it has now."""
+    wrapped = _WithPreprocessing(network, data.meta["mean"], data.meta["std"]).eval()
+    _write(wrapped, data.meta["input_size"], path)
+    graph = onnx.load(path)
+    about = {entry.key: entry.value for entry in onnx.load(exported.file("model.onnx")).metadata_props}
+    onnx.helper.set_model_props(graph, about | {"weights_sha256": _weights_hash(network)})
+    onnx.save(graph, path)
+
+
+def _write(wrapped: nn.Module, size: int, path: Path) -> None:
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                wrapped,
+                (torch.zeros(2, 3, size, size, dtype=torch.uint8),),
+                str(path),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+                opset_version=OPSET,
+                dynamo=False,  # converts to opset 17 directly and names nodes by module
+            )
+    except Exception as error:
+        raise StageError(
+            f"the network cannot be exported to ONNX: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"use operators that ONNX opset {OPSET} has",
+        ) from error
+
+
+def by_module(network: nn.Module, by_node: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what is known of the graph's nodes by the names of the modules that they stand for."""
+    names = {f"network.{name}" for name, _ in network.named_modules()}
+    found = {_module_of(node, names): value for node, value in by_node.items()}
+    return {name.removeprefix("network."): value for name, value in found.items() if name is not None}
 
 
 def _weights_hash(network: nn.Module) -> str:

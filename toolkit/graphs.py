@@ -70,8 +70,8 @@ _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 def precisions(path: Path) -> dict[str, str]:
     """Return the precision that each convolution and matrix product asks for, by node name.
 
-    ``int8`` where activations and weights come out of DequantizeLinear, otherwise the type of the activations:
-    ``fp32``, ``fp16`` or ``bf16``.
+    ``int8`` or ``fp8`` where activations and weights come out of DequantizeLinear, otherwise the type of the
+    activations: ``fp32``, ``fp16`` or ``bf16``.
     """
     import onnx
 
@@ -79,12 +79,16 @@ def precisions(path: Path) -> dict[str, str]:
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
     types = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.input]}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    dequantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    dequantized = {
+        node.output[0]: "fp8" if types.get(node.input[-1]) == onnx.TensorProto.FLOAT8E4M3FN else "int8"
+        for node in graph.node
+        if node.op_type == "DequantizeLinear"
+    }
     found = {}
     for node in graph.node:
         if node.op_type in _PRODUCTS and node.name:
             quantized = node.input[0] in dequantized and node.input[1] in dequantized
-            precision = "int8" if quantized else names.get(types.get(node.input[0]))
+            precision = dequantized[node.input[0]] if quantized else names.get(types.get(node.input[0]))
             if precision is not None:
                 found[node.name] = precision
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from toolkit.config import Data, Flops, Model, Precision, Profile, Recipe, Target
+from toolkit.config import Data, Flops, Gpus, Model, Precision, Profile, Recipe, Target
 from toolkit.delivery.lease import Claim
 from toolkit.errors import UsageError
 
@@ -29,7 +29,10 @@ class Job:
     allow_fast: bool
     rebuild_stale: bool
     build: Path
+    until_contract: bool = False  # fine-tuning ends as soon as its accuracy suffices
     claim: Claim = field(default_factory=Claim)
+    teacher: Model | None = None
+    gpus: Gpus | None = None  # that train together; None for one process, on a GPU if there is one
 
     def __post_init__(self) -> None:
         if self.model.trainable and not self.data.labelled:
@@ -37,11 +40,21 @@ class Job:
                 f"the model '{self.model}' is trained, and --data {self.data} has no labels",
                 "give a labelled data set; --data none and inputs:FILE.npy go with --model onnx:FILE",
             )
+        contract = self.profile.contract
+        if self.until_contract and contract.min_accuracy is None and contract.max_accuracy_drop is None:
+            raise UsageError(
+                f"the contract of profile {self.profile.name} asks for no accuracy, so that none suffices",
+                "give it max_accuracy_drop or min_accuracy, or leave out --until contract",
+            )
         if self.fast and not self.model.trainable:
             raise UsageError("an ONNX file is not trained, so that --fast shortens nothing", "leave out --fast")
-        if self.precision == "int8" and self.data.kind == "none":
+        if self.teacher is not None and not self.model.trainable:
+            raise UsageError("an ONNX file is not trained, so that nothing teaches it", "leave out --teacher")
+        if self.gpus is not None and not self.model.trainable:
+            raise UsageError("an ONNX file is not trained, so that no GPU trains it", "leave out --gpus")
+        if self.precision in ("int8", "fp8") and self.data.kind == "none":
             raise UsageError(
-                "int8 is calibrated on images, and --data none has only noise",
+                f"{self.precision} is calibrated on images, and --data none has only noise",
                 "give inputs like the network's own (--data inputs:FILE.npy), or use --precision fp32 or fp16",
             )
 
@@ -49,7 +62,23 @@ class Job:
         """Return the job for one host of its target's fleet."""
         return replace(self, target=self.target.at(host))
 
+    def enough(self, baseline: float) -> float | None:
+        """Return the validation accuracy (0 to 1) that fine-tuning may end with; None for all of its epochs.
+
+        Args:
+            baseline: The unpruned network's, on the same images.
+        """
+        if not self.until_contract:
+            return None
+        contract = self.profile.contract
+        drop = contract.max_accuracy_drop
+        return max(contract.min_accuracy or 0.0, 0.0 if drop is None else baseline - drop)
+
     @property
     def recipe(self) -> Recipe:
         """How its networks are trained."""
-        return self.profile.recipe_for(self.data.kind, fast=self.fast)
+        return self.profile.recipe_for(self.data.kind, fast=self.fast, transfer=self.model.weights is not None)
+
+    def trained_by(self, recipe: Recipe) -> Job:
+        """Return the job with this recipe, whatever the data."""
+        return replace(self, profile=self.profile.model_copy(update={"recipe": recipe, "recipes": {}}))

@@ -6,17 +6,25 @@ line: configuration, input artifacts, and the function that makes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from toolkit import compression, engines
 from toolkit.bench import reference
+from toolkit.config import Recipe
 from toolkit.errors import UsageError
 from toolkit.job import Job
 from toolkit.stages import Runner
 from toolkit.store import Artifact, Work
 
-_NOT_TRAINING = {"finetune_epochs", "teacher", "temperature", "search_images"}
+if TYPE_CHECKING:
+    from toolkit.compression.spelling import Levels
+
+_QAT = {"qat", "qat_epochs"}
+_NOT_TRAINING = {"finetune_epochs", "teacher", "temperature", "search_images", *_QAT}
 
 
 @dataclass(frozen=True)
@@ -52,31 +60,52 @@ def compress(job: Job, stages: Runner) -> Networks:
     """Train, prune, fine-tune, export, quantise, ask the host: all that does not depend on a device."""
     engines.require_precision(job.target, job.precision)
     data, baseline, pruned, tuned, exported = (shrink if job.model.trainable else take_over)(job, stages)
-    graph = quantize(job, stages, data, exported)
+    graph = quantize(job, stages, data, baseline, tuned, exported)
     return Networks(data, baseline, pruned, tuned, exported, graph, refer(stages, data, exported, graph))
 
 
 def shrink(job: Job, stages: Runner) -> tuple[Artifact, Artifact, Artifact, Artifact, Artifact]:
     """Train a network, prune it to the budget, fine-tune and export it."""
     profile, recipe, seed = job.profile, job.recipe, job.seed
-    divisor = profile.channel_divisor
+    if job.gpus is not None:
+        compression.distributed.require(job.gpus, recipe.batch)
+    divisor, pruner = profile.channel_divisor, profile.pruner
     model = {"model": compression.sources.identify(job.model)}
+    taught = {"teacher": compression.sources.identify(job.teacher)} if job.teacher else {}
+    programs, downloads = job.build / ".compile", job.build / "downloads"
 
     data = prepare(job, stages, profile.input_size)
     check = stages.make(
         "check",
-        model | {"divisor": divisor},
+        model | taught | {"divisor": divisor, "pruner": pruner},
         {"data": data},
-        lambda work: compression.pruning.check(data, job.model, divisor),
+        lambda work: compression.pruning.check(data, job.model, divisor, pruner, downloads, job.teacher),
     )
     if check.meta:
         compression.budget.require_reachable(check.meta, job.budget, divisor)
-    images = _images(data, recipe.train_images)
+    images = _images(data, recipe)
     baseline = stages.make(
         "train",
-        model | {"recipe": recipe.model_dump(exclude=_NOT_TRAINING), "seed": seed, "fast": job.fast},
+        model
+        | taught
+        | {
+            "recipe": recipe.model_dump(exclude=_NOT_TRAINING - ({"temperature"} if job.teacher else set())),
+            "seed": seed,
+            "fast": job.fast,
+        },
         {"data": data},
-        lambda work: compression.training.train(work, data, job.model, recipe, seed),
+        lambda work: compression.distributed.run(
+            job.gpus,
+            compression.training.train,
+            work,
+            data,
+            job.model,
+            recipe,
+            seed,
+            programs=programs,
+            downloads=downloads,
+            teacher=job.teacher,
+        ),
         amount=images * recipe.epochs,
     )
     pruned = stages.make(
@@ -85,27 +114,52 @@ def shrink(job: Job, stages: Runner) -> tuple[Artifact, Artifact, Artifact, Arti
         | {
             "budget": job.budget.model_dump(),
             "divisor": divisor,
-            "pruner": profile.pruner,
-            "recipe": recipe.model_dump(include={"train_images", "val_images", "search_images"}),
+            "pruner": pruner,
+            "recipe": recipe.model_dump(include={"val_images", "search_images"}),
             "seed": seed,
             "fast": job.fast,
         },
         {"data": data, "baseline": baseline},
         lambda work: compression.pruning.prune(
-            work, data, job.model, baseline, recipe, job.budget, divisor, stages.store.root / ".search", seed
+            work,
+            data,
+            job.model,
+            baseline,
+            recipe,
+            job.budget,
+            divisor,
+            pruner,
+            stages.store.searches,
+            seed,
         ),
         amount=1,
     )
+    enough = job.enough(max((epoch["val"] for epoch in baseline.meta.get("history", ())), default=1.0))
     tuned = stages.make(
         "finetune",
         model
+        | taught
         | {
-            "recipe": recipe.model_dump(exclude={"epochs", "search_images"}),
+            "recipe": recipe.model_dump(exclude={"epochs", "search_images", *_QAT}),
             "seed": seed,
             "fast": job.fast,
+            **({} if enough is None else {"enough": enough}),
         },
         {"data": data, "baseline": baseline, "pruned": pruned},
-        lambda work: compression.training.finetune(work, data, job.model, baseline, pruned, recipe, seed),
+        lambda work: compression.distributed.run(
+            job.gpus,
+            compression.training.finetune,
+            work,
+            data,
+            job.model,
+            baseline,
+            pruned,
+            recipe,
+            seed,
+            programs=programs,
+            teacher=job.teacher,
+            enough=enough,
+        ),
         amount=images * recipe.finetune_epochs,
     )
     return data, baseline, pruned, tuned, export(job, stages, data, tuned)
@@ -166,19 +220,71 @@ def export(job: Job, stages: Runner, data: Artifact, network: Artifact) -> Artif
     return stages.make("export", model | {"fast": job.fast}, {"data": data, "tuned": network}, make, amount=1)
 
 
-def quantize(job: Job, stages: Runner, data: Artifact, exported: Artifact) -> Artifact:
-    """Return the graph in the precision asked for."""
+def quantize(
+    job: Job, stages: Runner, data: Artifact, baseline: Artifact | None, tuned: Artifact | None, exported: Artifact
+) -> Artifact:
+    """Return the graph in the precision asked for, from a network that may be trained for it."""
     if job.precision == "fp32":
         stages.skip("quantize", "not needed for fp32")
         return exported
     spelling, images = engines.spelling(job.target), job.profile.calibration_images
+    drop = job.profile.contract.max_accuracy_drop
+    allowed = None if drop is None else drop / 2  # the other half is for pruning
+    config: dict[str, Any] = {
+        "precision": job.precision,
+        "spelling": spelling,
+        "images": images,
+        "allowed": allowed,
+    }
+    inputs = {"data": data, "exported": exported}
+    retrain = None
+    if baseline and tuned and job.precision == "int8" and job.recipe.qat_epochs:
+        retrain = partial(_retrain, job, data, baseline, tuned, exported)
+        config |= {
+            "model": compression.sources.identify(job.model),
+            **({"teacher": compression.sources.identify(job.teacher)} if job.teacher else {}),
+            "recipe": job.recipe.model_dump(exclude={"epochs", "finetune_epochs", "search_images"}),
+            "seed": job.seed,
+        }
+        inputs |= {"baseline": baseline, "tuned": tuned}
     return stages.make(
         "quantize",
-        {"precision": job.precision, "spelling": spelling, "images": images},
-        {"data": data, "exported": exported},
-        lambda work: compression.quantization.quantize(work, data, exported, job.precision, spelling, images),
+        config,
+        inputs,
+        lambda work: compression.quantization.quantize(
+            work,
+            data,
+            exported,
+            job.precision,
+            spelling,
+            images,
+            allowed,
+            retrain,
+            always=job.recipe.qat == "always",
+        ),
         amount=1,
     )
+
+
+def _retrain(
+    job: Job,
+    data: Artifact,
+    baseline: Artifact,
+    tuned: Artifact,
+    exported: Artifact,
+    work: Work,
+    levels: Mapping[str, Levels],
+) -> tuple[Path, dict[str, Any]]:
+    """Train the network with what its nodes read at these levels; returns its graph, and how it went."""
+    from toolkit import export  # PyTorch with it
+
+    network = compression.models.restore(job.model, len(data.meta["classes"]), tuned.file("model.pth"))
+    teacher = compression.training.find_teacher(data, job.model, baseline, job.recipe, job.teacher)
+    by_module = export.by_module(network, levels)
+    fitted = compression.qat.train(work, data, network, by_module, job.recipe, job.seed, teacher)
+    path = work.resume / "retrained.onnx"
+    export.export_again(network, data, exported, path)
+    return path, asdict(fitted)
 
 
 def refer(stages: Runner, data: Artifact, exported: Artifact, graph: Artifact) -> Artifact:
@@ -193,7 +299,6 @@ def refer(stages: Runner, data: Artifact, exported: Artifact, graph: Artifact) -
     )
 
 
-def _images(data: Artifact, limit: int | None) -> int:
-    """Return how many training images a recipe uses; 0 while nobody knows."""
-    count = int(data.meta["counts"]["train"]) if data.meta else 0
-    return count if limit is None else min(count, limit)
+def _images(data: Artifact, recipe: Recipe) -> int:
+    """Return how many training images an epoch sees; 0 while nobody knows."""
+    return recipe.images_per_epoch(int(data.meta["counts"]["train"]) if data.meta else 0)

@@ -71,9 +71,9 @@ def read(model: Model, input_size: int, precision: Precision) -> Source:
         raise UsageError(f"{path} is not valid ONNX: {str(error).splitlines()[0]}", "export it again") from error
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     opset = opsets.get("", opsets.get("ai.onnx", 0))
-    if precision == "int8" and opset < _INT8_OPSET:
+    if precision in ("int8", "fp8") and opset < _INT8_OPSET:
         raise UsageError(
-            f"{path} has ONNX opset {opset}, and int8 needs {_INT8_OPSET}",
+            f"{path} has ONNX opset {opset}, and {precision} needs {_INT8_OPSET}",
             f"export it again with opset_version={_INT8_OPSET} or newer, or use --precision fp32 or fp16",
         )
     value = _only_input(proto.graph, path)

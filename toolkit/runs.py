@@ -163,20 +163,31 @@ def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
 
 
 def collect_garbage(build: Path, keep: int, *, remove: bool) -> list[tuple[Path, int]]:
-    """List (and remove) artifacts and run folders that none of the last ``keep`` runs refers to.
+    """List (and remove) artifacts and folders that none of the last ``keep`` runs and sweeps refers to.
 
     Returns:
         Each folder with its size in bytes.
     """
-    runs = sorted((path for path in (build / "runs").glob("*") if path.is_dir()), reverse=True)
+    runs = _newest_first(build / "runs")
+    sweeps = _newest_first(build / "sweeps")
+    of_sweeps: set[str] = set()  # a sweep counts as one run, however many it has made
+    for path in sweeps[:keep]:
+        if (path / "sweep.json").exists():
+            candidates = json.loads((path / "sweep.json").read_text())["candidates"]
+            of_sweeps |= {candidate["run"] for candidate in candidates}
+    alone = [path for path in runs if path.name not in of_sweeps]
     kept: set[tuple[str, str]] = set()
-    for path in runs[:keep]:
+    for path in [*alone[:keep], *(path for path in runs if path.name in of_sweeps)]:
         record = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
         for made in (record, *record.get("hosts", ())):
             kept |= set(made.get("artifacts", {}).items())
     found = Store(build / "store").collect_garbage(kept, remove=remove)
-    for path in runs[keep:]:
+    for path in [*alone[keep:], *sweeps[keep:]]:
         found.append((path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())))
         if remove:
             shutil.rmtree(path)
     return found
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("*") if path.is_dir()), reverse=True)

@@ -29,12 +29,12 @@ Make = Callable[[Work], dict[str, Any]]
 # raised when a stage makes something else of the same inputs
 VERSIONS = {
     "data": 1,
-    "check": 1,
-    "train": 2,
-    "prune": 1,
-    "finetune": 2,
+    "check": 2,
+    "train": 3,
+    "prune": 2,
+    "finetune": 3,
     "export": 2,
-    "quantize": 2,
+    "quantize": 4,
     "reference": 1,
     "build": 2,
     "bench": 3,
@@ -197,7 +197,8 @@ class Runner:
         artifact: str | None = None,
     ) -> None:
         text = terminal.describe(name, meta)
-        self.console.stage(name, f"{how}{': ' if text else ''}{text}")
+        if not (cached and self.console.brief):
+            self.console.stage(name, f"{how}{': ' if text else ''}{text}")
         self.done.append(Done(name, cached, round(seconds, 3), artifact, text or how))
         if name == self.until:
             raise Reached(name)
@@ -258,6 +259,8 @@ class Planner(Runner):
             seconds = self._estimate(name, config, amount)
             how = f"about {units.duration(seconds)}" if seconds is not None else "no earlier run to go by"
             self.done.append(Done(name, False, seconds or 0.0, None, f"{problem}would run ({how})"))
+        if found:
+            self.artifacts[name] = found
         if name == self.until:
             raise Reached(name)
         return found or Artifact.pending(name)

@@ -7,6 +7,7 @@ a folder that exists is whole. One writer a key, by a file lock that ends with i
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -147,6 +148,11 @@ class Store:
                 f"{root} is a store of format {version}; this version reads format {FORMAT}",
                 "use the newer version, or another folder (--build DIR)",
             )
+
+    @property
+    def searches(self) -> Path:
+        """Folder of what pruners' searches have found out, which all budgets of a baseline share."""
+        return self.root / ".search"
 
     @cached_property
     def _ready(self) -> bool:
@@ -299,21 +305,10 @@ class Store:
         }
         write_json(work.out / "artifact.json", record | {"seal": sha256_text(canonical(record))})
         _fsync(work.out)
-        final = self.root / stage / key
-        final.parent.mkdir(exist_ok=True)
-        if final.exists():
-            aside = self.root / ".partial" / f"{stage}-{key}.old"
-            shutil.rmtree(aside, ignore_errors=True)
-            final.rename(aside)
-            work.out.rename(final)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            work.out.rename(final)
-        _fsync(final.parent)
         return Artifact(
             stage,
             key,
-            final,
+            self._place(stage, key, work.out),
             record["digest"],
             meta,
             files,
@@ -323,6 +318,43 @@ class Store:
             cached=False,
             versions=record["versions"],
         )
+
+    def _place(self, stage: str, key: str, out: Path) -> Path:
+        """Move a finished folder to where it belongs, in the place of what is there."""
+        final = self.root / stage / key
+        final.parent.mkdir(exist_ok=True)
+        if final.exists():
+            aside = self.root / ".partial" / f"{stage}-{key}.old"
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
+            out.rename(final)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            out.rename(final)
+        _fsync(final.parent)
+        return final
+
+    def receive(self, stage: str, key: str, fill: Callable[[Path], None]) -> None:
+        """Take over an artifact of another store, unless it is there.
+
+        Args:
+            stage: Stage name.
+            key: Its key.
+            fill: Writes the artifact's files, its record among them, into an empty folder.
+
+        Raises:
+            DamagedError: It has not come whole.
+        """
+        with self._locked(stage, key, lambda done, total, text: None, log.warning):
+            with contextlib.suppress(DamagedError):
+                if self.lookup(stage, key):
+                    return
+            out = self.root / ".partial" / f"{stage}-{key}"
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            fill(out)
+            self._place(stage, key, out)
+            self.lookup(stage, key)
 
     @contextmanager
     def _locked(self, stage: str, key: str, progress: Progress, warn: Callable[[str], None]) -> Iterator[None]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import save_file
 
 from toolkit.compression import models, sources
 from toolkit.config import Model
-from toolkit.errors import UsageError
+from toolkit.errors import StageError, UsageError
 
 FACTORY = """\
 import torch
@@ -109,9 +111,63 @@ def test_weights(tmp_path: Path, form: str) -> None:
 
 
 def test_a_checkpoint_that_does_not_fit_is_explained(tmp_path: Path) -> None:
-    torch.save(models.build(Model.parse("resnet20"), 4, seed=7).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(UsageError, match=r"'fc.weight' is \(4, 64\) instead of \(10, 64\)"):
+    torch.save({"conv1.weight": torch.zeros(16, 3, 5, 5)}, tmp_path / "w.pt")
+    with pytest.raises(UsageError, match=r"'bn1.weight' is missing") as error:
         models.build(Model.parse("resnet20", str(tmp_path / "w.pt")), 10, seed=1)
+    assert "more" in error.value.message
+
+
+def test_the_classifier_of_other_classes_starts_anew_but_not_a_teachers(tmp_path: Path) -> None:
+    trained = models.build(Model.parse("resnet20"), 4, seed=7).state_dict()
+    torch.save(trained, tmp_path / "w.pt")
+    model = Model.parse_teacher(f"resnet20={tmp_path / 'w.pt'}")
+    fresh = models.build(Model.parse("resnet20"), 10, seed=1).state_dict()
+    for key, tensor in models.build(model, 10, seed=1).state_dict().items():
+        assert torch.equal(tensor, (fresh if key.startswith("fc.") else trained)[key]), key
+    assert torch.equal(models.build_teacher(model, 4).state_dict()["fc.weight"], trained["fc.weight"])
+    with pytest.raises(UsageError, match=r"'fc.weight' is \(4, 64\) instead of \(10, 64\)"):
+        models.build_teacher(model, 10)
+
+
+def test_torchvisions_weights_are_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(url: str, *args: object, **kwargs: object) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    model = Model.parse("torchvision:mobilenet_v3_small", "torchvision")
+    with pytest.raises(
+        StageError, match=r"weights of mobilenet_v3_small cannot be downloaded: .*not known"
+    ) as error:
+        models.build(model, 7, 0, tmp_path)
+    assert error.value.hint is not None
+    url, folder = re.findall(r"bring (\S+) to (\S+),", error.value.hint)[0]
+    assert folder == str(tmp_path)
+
+    imagenet = models.build(Model.parse("torchvision:mobilenet_v3_small"), 1000, seed=3).state_dict()
+    torch.save(imagenet, tmp_path / Path(url).name)
+    started = models.build(model, 7, 0, tmp_path).state_dict()
+    assert torch.equal(started["features.0.0.weight"], imagenet["features.0.0.weight"])
+    assert started["classifier.3.weight"].shape == (7, 1024)
+    assert sources.identify(model) != sources.identify(Model.parse("torchvision:mobilenet_v3_small"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("torchvision:resnet50", "names no checkpoint"),
+        ("resnet20=nowhere.pt", "'nowhere.pt' is not a file"),
+        (f"onnx:net.onnx={__file__}", "an ONNX file cannot teach"),
+        (f"resnet21={__file__}", "no model is called 'resnet21'"),
+    ],
+)
+def test_what_is_wrong_with_a_teacher(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Model.parse_teacher(text)
+
+
+def test_only_torchvisions_models_have_its_weights() -> None:
+    with pytest.raises(UsageError, match="torchvision has no weights of 'resnet20'"):
+        Model.parse("resnet20", "torchvision")
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:

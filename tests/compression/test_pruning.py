@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.compression import budget, flops, models, pruning
+from toolkit.compression import budget, fastnas, flops, models, pruning
 from toolkit.config import Flops, Model
 from toolkit.errors import UsageError
 from toolkit.store import Store, Work
@@ -50,7 +50,7 @@ def test_both_generations_of_torchprofile_are_served(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("divisor", "share"), [(16, 0.60), (8, 0.31)])
 def test_reach_of_resnet20(divisor: int, share: float) -> None:
-    found = pruning.reach(models.build(Model.parse("resnet20"), 10, seed=0), "resnet20", 32, divisor)
+    found = pruning.reach(models.build(Model.parse("resnet20"), 10, seed=0), "resnet20", 32, divisor, "fastnas")
     assert found.flops == 81_102_208
     assert found.smallest / found.flops == pytest.approx(share, abs=0.01)
 
@@ -73,7 +73,7 @@ class Branching(torch.nn.Module):
 
 def test_a_network_that_cannot_be_traced_is_told_so() -> None:
     with pytest.raises(UsageError, match="FastNAS cannot trace the model 'mine'"):
-        pruning.reach(Branching(), "mine", 16, 16)
+        pruning.reach(Branching(), "mine", 16, 16, "fastnas")
 
 
 CHECK = {"flops": 100e6, "smallest": 40e6, "obstacle": None}
@@ -113,8 +113,8 @@ def test_a_finished_search_is_taken_over_and_half_a_one_is_dropped(
 ) -> None:
     (shared,) = (finished[0] / "build" / "store" / ".search").glob("*.pth")
     work = Work(tmp_path / "out", tmp_path)
-    own = pruning._open_search(work, shared)
+    own = fastnas._open_search(work, shared)
     assert len(torch.load(own, weights_only=True)["sensitivity_map"]) == 6
     half = tmp_path / "half.pth"
     half.write_bytes(shared.read_bytes()[:1000])
-    assert not pruning._open_search(work, half).exists()
+    assert not fastnas._open_search(work, half).exists()

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit.compression import models, training
+from toolkit.compression import batchnorm, compiling, models, steps, training
 from toolkit.compression.data import Split
+from toolkit.compression.images import Hardware, Images, accuracy, predict
 from toolkit.config import Model, Recipe
-from toolkit.errors import StageError
+from toolkit.errors import StageError, UsageError
 from toolkit.store import Work
 
 META = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
@@ -21,19 +25,23 @@ class Stop(Exception):  # noqa: N818
     pass
 
 
-def images(count: int, hardware: training.Hardware) -> training.Images:
+def images(count: int, hardware: Hardware) -> Images:
     random = np.random.default_rng(1)
     labels = np.arange(count) % 2
     pixels = random.integers(0, 100, (count, 3, 16, 16)) + 120 * labels[:, None, None, None]
-    return training.Images(Split(pixels.astype(np.uint8), labels.astype(np.int64)), META, hardware)
+    return Images(Split(pixels.astype(np.uint8), labels.astype(np.int64)), META, hardware)
 
 
 def fit(folder: Path, epochs: int = 3, **options: Any) -> dict[str, torch.Tensor]:
-    hardware = training.Hardware.find()
+    return fitted(folder, epochs, **options)[0]
+
+
+def fitted(folder: Path, epochs: int = 3, **options: Any) -> tuple[dict[str, torch.Tensor], training.Fitted]:
+    hardware = Hardware.find()
     network = hardware.place(models.build(Model.parse("resnet20"), 2, seed=5))
     (folder / "resume").mkdir(parents=True, exist_ok=True)
     work = Work(folder, folder / "resume", options.pop("progress", lambda done, total, text: None))
-    training.fit(
+    result = training.fit(
         network,
         images(64, hardware),
         images(20, hardware),
@@ -45,7 +53,7 @@ def fit(folder: Path, epochs: int = 3, **options: Any) -> dict[str, torch.Tensor
         work=work,
         **options,
     )
-    return network.state_dict()
+    return network.state_dict(), result
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -75,16 +83,177 @@ def test_a_loss_that_is_no_number_stops_with_a_remedy(tmp_path: Path) -> None:
     def nan(logits: torch.Tensor, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         return logits.sum() * float("nan")
 
-    with pytest.raises(StageError, match="no longer a number in epoch 1") as error:
+    with pytest.raises(StageError, match=r"no longer a number in epoch 1, step 1 of 4$") as error:
         fit(tmp_path, loss=nan)
-    assert "learning rate" in str(error.value.hint)
+    assert "recipe.lr 0.1 in the profile instead of 0.2" in str(error.value.hint)
+
+
+def test_a_loss_that_ceases_to_be_a_number_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    steps = 0
+
+    def breaks(logits: torch.Tensor, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return torch.nn.functional.cross_entropy(logits, labels) * (float("nan") if steps == 7 else 1)
+
+    with pytest.raises(StageError, match=r"epoch 2, step 3 of 4; what epoch 1 had reached is kept in .*checkpoint"):
+        fit(tmp_path, loss=breaks)
+    assert same(fit(tmp_path), fit(tmp_path / "whole")), "the same training goes on from there"
+
+
+def test_a_training_that_suffices_ends_and_says_why(tmp_path: Path) -> None:
+    asked: list[float] = []
+
+    def second(score: float) -> bool:
+        asked.append(score)
+        return len(asked) == 2
+
+    _, result = fitted(tmp_path, stop=second)
+    assert len(result.history) == 2
+    assert asked == [entry["val"] for entry in result.history]
+    assert result.stopped is not None
+    assert "suffices" in result.stopped
+    assert fitted(tmp_path / "whole", stop=lambda score: False)[1].stopped is None
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(tmp_path: Path) -> None:
+    def hungry(logits: torch.Tensor, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 4:
+            torch.empty(1 << 60)
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    _, result = fitted(tmp_path, epochs=1, loss=hungry)
+    assert result.notes == [
+        "the memory does not suffice for a batch of 16 images: it is computed in 4 parts, "
+        "whose gradients are added up"
+    ]
+    assert np.isfinite(result.history[0]["loss"])
+
+
+def test_the_parts_of_a_batch_have_its_gradients_and_its_loss() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
+    inputs, labels = torch.randn(11, 3, 8, 8), torch.arange(11) % 5
+
+    def gradients(parts: int) -> list[torch.Tensor]:
+        backward = steps.Backward(network, training._cross_entropy, contextlib.nullcontext, 11)
+        backward.parts = parts
+        value = backward(inputs, labels)
+        return [
+            value,
+            *(parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None),
+        ]
+
+    for whole, parts in zip(gradients(1), gradients(3), strict=True):
+        torch.testing.assert_close(whole, parts)
+
+
+def test_gradient_checkpointing_keeps_less_and_comes_to_the_same_weights(tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"gradient_checkpointing": True})
+    assert same(fit(tmp_path / "a", 1), fit(tmp_path / "b", 1, recipe=recipe))
+    network, batch = models.build(Model.parse("resnet20"), 2, seed=5), torch.zeros(4, 3, 16, 16)
+
+    def kept() -> int:
+        total = 0
+
+        def count(value: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += value.nbytes
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+            network(batch)
+        return total
+
+    everything = kept()
+    with steps.recomputing(network):
+        assert kept() < everything / 3
+    assert kept() == everything
+
+
+def test_a_model_without_blocks_has_nothing_to_compute_again() -> None:
+    with pytest.raises(UsageError, match=r"no nn\.Sequential of blocks"), steps.recomputing(torch.nn.Flatten()):
+        pass
+
+
+def test_not_even_two_images_is_an_error_with_a_remedy() -> None:
+    def hungry(logits: torch.Tensor, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backward = steps.Backward(torch.nn.Flatten(), hungry, contextlib.nullcontext, 8)
+    with pytest.raises(StageError, match="two images at once"):
+        backward(torch.zeros(8, 3, 4, 4), torch.zeros(8, dtype=torch.int64))
+    assert backward.parts == 4
+
+
+def test_recalibration_takes_the_statistics_of_the_images() -> None:
+    hardware = Hardware(torch.device("cpu"), bf16=False)
+    some = images(200, hardware)
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(3))
+    batchnorm.recalibrate(network, batchnorm.calibration(some))
+    torch.testing.assert_close(network[0].running_mean, some.normalise(some.images).mean((0, 2, 3)))
+    assert network[0].momentum == 0.1
+    assert network[2].running_mean.abs().max() < 1e-2, "nothing was dropped"
+
+
+def test_compiling_is_measured_once_and_then_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    before = copy.deepcopy(network.state_dict())
+    batch = torch.randn(8, 3, 8, 8), torch.arange(8)
+    backward = steps.Backward(network, training._cross_entropy, contextlib.nullcontext, 8)
+    compiled: list[torch.nn.Module] = []
+    told: list[str] = []
+
+    def compile_(network: torch.nn.Module, programs: Path) -> Any:
+        compiled.append(network)
+        return network.forward
+
+    def choose(total: int) -> Any:
+        return compiling.choose(network, backward, batch, total, tmp_path, told.append)
+
+    monkeypatch.setattr(compiling, "_compile", compile_)
+    assert choose(10) is network, "nothing so short is worth a try"
+    assert not compiled
+    monkeypatch.setattr(compiling, "_WORTH_A_TRY", 0.0)
+    choose(1)
+    assert len(compiled) == 1
+    assert same(before, network.state_dict())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    (record,) = tmp_path.glob("*.json")
+    record.write_text('{"plain": 2.0, "compiled": 1.0, "compiling": 50.0}')
+    told.clear()
+    assert choose(51) is not network
+    assert choose(50) is network
+    assert told == [
+        "compiles the network",
+        "compiled: 1000 instead of 2000 ms a step, and 50 s to compile",
+        "not compiled: 1000 instead of 2000 ms a step, and 50 s to compile",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_computes_the_same_and_its_programs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set back afterwards")
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()
+    inputs = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiling._compile(network, tmp_path)(inputs), network(inputs))
+    assert list(tmp_path.rglob("*.so"))
+
+
+def test_without_a_compiler_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    network = torch.nn.Flatten()
+    backward = steps.Backward(network, training._cross_entropy, contextlib.nullcontext, 2)
+    assert compiling.choose(network, backward, (torch.zeros(2), torch.zeros(2)), 10**9, tmp_path, print) is network
 
 
 def test_augmentation_shifts_and_flips_whole_images() -> None:
-    hardware = training.Hardware(torch.device("cpu"), bf16=False)
+    hardware = Hardware(torch.device("cpu"), bf16=False)
     pixels = np.zeros((40, 3, 8, 8), np.uint8)
     pixels[:, :, 3, 2] = 200
-    few = training.Images(Split(pixels, np.zeros(40, np.int64)), {"mean": [0] * 3, "std": [1] * 3}, hardware)
+    few = Images(Split(pixels, np.zeros(40, np.int64)), {"mean": [0] * 3, "std": [1] * 3}, hardware)
     places = set()
     for inputs, _ in few.augmented(Recipe(batch=16, crop=2, flip=True), torch.Generator().manual_seed(0)):
         for image in inputs:
@@ -98,7 +267,7 @@ def test_augmentation_shifts_and_flips_whole_images() -> None:
 
 
 def test_without_augmentation_every_image_comes_once_and_whole() -> None:
-    hardware = training.Hardware(torch.device("cpu"), bf16=False)
+    hardware = Hardware(torch.device("cpu"), bf16=False)
     some = images(37, hardware)
     recipe = Recipe(batch=9, crop=0, flip=False)
     inputs, labels = zip(*some.augmented(recipe, torch.Generator().manual_seed(3)), strict=True)
@@ -120,7 +289,7 @@ def test_learning_rate_warms_up_and_goes_down_to_nothing() -> None:
 
 
 def test_accuracy_counts_every_image() -> None:
-    hardware = training.Hardware(torch.device("cpu"), bf16=False)
+    hardware = Hardware(torch.device("cpu"), bf16=False)
     some = images(21, hardware)
 
     class Bright(torch.nn.Module):
@@ -128,4 +297,4 @@ def test_accuracy_counts_every_image() -> None:
             bright = x.mean((1, 2, 3))
             return torch.stack([-bright, bright - 2 * x.mean()], 1)
 
-    assert training.accuracy(training.predict(Bright(), some), some) == 1.0
+    assert accuracy(predict(Bright(), some), some) == 1.0

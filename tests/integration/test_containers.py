@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,15 @@ def built(bases: None) -> Iterator[subprocess.CompletedProcess[str]]:
         result = run_toolkit(images.folder().parent, "containers", "build", timeout=900)
         building.build_image(containers.find_engine(), "jetson-r10.3.0", print)
         yield result
+
+
+@pytest.fixture(scope="module")
+def inside(built: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A small job that was run to its end in the training image, and its document."""
+    folder = write_job(tmp_path_factory.mktemp("inside"))
+    result = run_toolkit(folder, "run", "tiny", "--in-container", "--json", timeout=600)
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads(result.stdout)
 
 
 @pytest.fixture
@@ -214,11 +224,9 @@ def test_a_named_image_that_cannot_be_built_exits_with_1(built: Any, tmp_path: P
     assert "engine-25.08     failed: it is for linux/arm64" in result.stdout
 
 
-def test_a_run_in_the_training_image(built: Any, tmp_path: Path) -> None:
-    folder = write_job(tmp_path)
-    result = run_toolkit(folder, "run", "tiny", "--in-container", "--json", timeout=600)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["commit"]["committed"]
+def test_a_run_in_the_training_image(inside: tuple[Path, dict[str, Any]]) -> None:
+    folder, document = inside
+    assert document["commit"]["committed"]
     assert (folder / "build" / "store").is_dir()
     wrong = run_toolkit(folder, "run", "tiny", "--in-container", "--rerun", "train", "--flops", "1%")
     assert wrong.returncode == 2, wrong.stderr
@@ -240,7 +248,7 @@ def test_an_interrupted_run_leaves_no_container(built: Any, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("name", "capability"), [("t4", "sm_75"), ("a100", "sm_80")])
 def test_an_engine_is_built_in_the_container(
-    engine: ContainerEngine, finished_copy: Path, name: str, capability: str
+    inside: tuple[Path, dict[str, Any]], tmp_path: Path, name: str, capability: str
 ) -> None:
     """The engine image, with TensorRT for RTX in TensorRT's place."""
     target = f"""\
@@ -251,17 +259,19 @@ runtime: tensorrt-rtx
 image: {images.catalogue()["engine-26.05"].tag}
 build: {{where: container}}
 """
-    write_job(finished_copy, target=target)
-    (finished_copy / "targets" / "tiny.yaml").rename(finished_copy / "targets" / f"{name}.yaml")
-    result = run_toolkit(finished_copy, "build", name, "--precision", "fp16", "--json", "-v")
+    folder = tmp_path / "copy"
+    shutil.copytree(inside[0], folder, symlinks=True)
+    write_job(folder, target=target)
+    (folder / "targets" / "tiny.yaml").rename(folder / "targets" / f"{name}.yaml")
+    result = run_toolkit(folder, "build", name, "--precision", "fp16", "--json", "-v")
     assert result.returncode == 0, result.stderr
     assert " run --rm " in result.stderr
     document = json.loads(result.stdout)
     fingerprint = document["engine"]["fingerprint"]
     assert fingerprint["compute_capability"] == [capability]
     assert "@sha256:" in fingerprint["container"]
-    engine_file = finished_copy / "build" / "store" / "build" / document["artifacts"]["build"] / "model.engine"
+    engine_file = folder / "build" / "store" / "build" / document["artifacts"]["build"] / "model.engine"
     assert engine_file.stat().st_size == document["engine"]["bytes"]
     assert not docker("ps", "--all", "--quiet"), "a container was left"
-    planned = run_toolkit(finished_copy, "plan", name, "--precision", "fp16")
+    planned = run_toolkit(folder, "plan", name, "--precision", "fp16")
     assert "docker run --rm" in planned.stdout

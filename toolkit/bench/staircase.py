@@ -17,8 +17,8 @@ _IS_PRODUCT = re.compile(r"conv(?!ert)|gemm|matmul|matrixmultiply|fullyconnected
 _IS_COPY = re.compile(r"^Reformatting CopyNode")  # TensorRT's, named after the layer that it serves
 
 # kernels for Tensor Cores read 16 bytes at a time (NVIDIA/cutlass#75): 8 channels in fp16, as NVIDIA's guide to
-# convolutional layers asks for, 16 in int8; fp32 is built without TF32 and does without
-_TENSOR_CORES = {"fp16": 8, "bf16": 8, "int8": 16}
+# convolutional layers asks for, 16 in int8 and fp8; fp32 is built without TF32 and does without
+_TENSOR_CORES = {"fp16": 8, "bf16": 8, "int8": 16, "fp8": 16}
 
 
 def multiple(facts: Mapping[str, Any], runtime: str, precision: str) -> int | None:

@@ -10,11 +10,13 @@ from toolkit.commands.options import build_folder
 
 
 @click.command()
-@click.option("--keep", type=click.IntRange(0), default=5, show_default=True, help="Runs whose artifacts stay.")
+@click.option(
+    "--keep", type=click.IntRange(0), default=5, show_default=True, help="Runs and sweeps whose artifacts stay."
+)
 @click.option("--remove", is_flag=True, help="Remove what is listed.")
 @build_folder
 def gc(keep: int, remove: bool, build_folder: Path) -> None:
-    """List (or remove) the artifacts that none of the last runs refers to."""
+    """List (or remove) the artifacts that none of the last runs and sweeps refers to."""
     from toolkit import runs, units
 
     found = runs.collect_garbage(build_folder, keep, remove=remove)

@@ -11,8 +11,12 @@ import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
-    from toolkit.config import Target
+    from toolkit.config import Gpus, Target
     from toolkit.job import Job
+
+    _Words = click.ParamType[str]
+else:
+    _Words = click.ParamType  # generic from click 8.5 on
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -33,6 +37,22 @@ def complete(kind: str) -> Callable[[click.Context, click.Parameter, str], list[
     return names
 
 
+class Several(_Words):
+    """A list of another type's values, with commas between them; it stays text."""
+
+    def __init__(self, of: click.ParamType[Any]) -> None:
+        self.of, self.name = of, of.name
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return ",".join(self.of.convert(word.strip(), param, ctx) for word in value.split(","))
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return self.of.get_metavar(param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return self.of.shell_complete(ctx, param, incomplete)
+
+
 build_folder = click.option(
     "--build",
     "build_folder",
@@ -50,7 +70,7 @@ _WHERE = (
     click.option("--hosts", metavar="A,B,C", help="These hosts, whatever the target file says."),
     click.option("--group", help="The hosts of this group of the target file."),
     click.option("--parallel", type=click.IntRange(1), default=8, show_default=True, metavar="N",
-                 help="How many hosts are at work at a time."),
+                 help="How many hosts, in a sweep networks, are at work at a time."),
     click.option("--accept-new-host-key", is_flag=True, help="Trust a host key that nobody knows yet."),
 )  # fmt: skip
 
@@ -86,28 +106,44 @@ steal = click.option(
     "--steal", is_flag=True, help="Take the device from whoever is at work on it; they are stopped."
 )
 
+
+def _gpus(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value == "all":
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"'{value}' is neither a number of GPUs nor 'all'")
+    return int(value)
+
+
 _OPTIONS = (
     click.argument("target", shell_complete=complete("targets")),
     click.option("--model", default="resnet20", show_default=True, metavar="MODEL",
                  help="resnet20, torchvision:NAME, package.module:factory or onnx:FILE."),
     click.option("--data", default="digits", show_default=True, metavar="DATA",
                  help="digits, cifar10 or imagefolder:PATH; with an ONNX file also inputs:FILE.npy or none."),
-    click.option("--weights", type=click.Path(), help="Start from this checkpoint (safetensors or state dict)."),
+    click.option("--weights", metavar="FILE",
+                 help="Start from this checkpoint (safetensors or state dict), or from 'torchvision', its own."),
+    click.option("--teacher", metavar="MODEL=FILE", help="Learn from this model with its checkpoint."),
     click.option("--mean", metavar="NUMBERS",
                  help="Pixel mean, 0 to 1, that an ONNX file expects: one number or three."),
     click.option("--std", metavar="NUMBERS", help="Pixel standard deviation that goes with --mean."),
     click.option("--input-range", type=click.Choice(["0,1", "0,255", "-1,1"]),
                  help="Pixel range that an ONNX file expects, instead of --mean and --std."),
     click.option("--profile", shell_complete=complete("profiles"), help="Profile instead of the target's own."),
-    click.option("--flops", metavar="BUDGET", help="FLOPs budget, as 60M or 75%."),
-    click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Precision of the engine."),
-    click.option("--runtime", type=click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]),
-                 help="Runtime instead of the target's own."),
+    click.option("--flops", metavar="BUDGET", type=Several(click.STRING), help="FLOPs budget, as 60M or 75%."),
+    click.option("--pruner", type=Several(click.Choice(["fastnas", "depgraph"])),
+                 help="Pruner instead of the profile's."),
+    click.option("--precision", type=Several(click.Choice(["fp32", "fp16", "int8", "fp8", "auto"])),
+                 help="Precision of the engine; auto: the one that measures best."),
+    click.option("--runtime",
+                 type=Several(click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"])),
+                 help="Runtime instead of the target's own; auto: the one that measures best."),
     click.option("--rebuild-stale", is_flag=True, help="Build on the device what does not fit it."),
     *_WHERE,
     wait,
     steal,
     click.option("--seed", type=click.IntRange(0, 2**31), default=123, show_default=True),
+    click.option("--gpus", metavar="N|all", callback=_gpus, help="Train on several GPUs of this machine."),
     click.option("--fast", is_flag=True, help="A short recipe on part of the data; the result is marked."),
     click.option("--allow-fast", is_flag=True, help="Let a fast run become the current release."),
     click.option("--skip-bad-images", is_flag=True, help="Leave out files that are no image, and count them."),
@@ -174,16 +210,9 @@ def with_runtime(target: Target, runtime: str) -> Target:
     """Return a target with another runtime; raises UsageError when it does not go with it."""
     from typing import cast
 
-    from pydantic import ValidationError
-
     from toolkit import config
-    from toolkit.errors import UsageError
 
-    try:
-        return target.using(cast(config.RuntimeName, runtime))
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"--runtime {runtime}: {problem}", "toolkit targets show " + target.name) from None
+    return target.using(cast(config.RuntimeName, runtime))
 
 
 def job_from(
@@ -192,11 +221,13 @@ def job_from(
     model: str,
     data: str,
     weights: str | None,
+    teacher: str | None,
     mean: str | None,
     std: str | None,
     input_range: str | None,
     profile: str | None,
     flops: str | None,
+    pruner: str | None,
     precision: str | None,
     runtime: str | None,
     rebuild_stale: bool,
@@ -205,6 +236,7 @@ def job_from(
     group: str | None,
     accept_new_host_key: bool,
     seed: int,
+    gpus: Gpus | None,
     fast: bool,
     allow_fast: bool,
     skip_bad_images: bool,
@@ -225,10 +257,20 @@ def job_from(
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
     logging.basicConfig(level=level)
     logging.getLogger("toolkit").setLevel(level)  # the root logger is silenced while libraries are at work
+    for option, given in (("flops", flops), ("pruner", pruner), ("precision", precision), ("runtime", runtime)):
+        if given is not None and "," in given:
+            raise UsageError(
+                f"--{option} {given} is a list", f"toolkit sweep {target} takes several values, other verbs one"
+            )
+    if "auto" in (precision, runtime):
+        raise UsageError("'auto' is decided by measuring", f"toolkit run {target}, or toolkit sweep {target}")
     chosen = target_from(target, host, runtime, hosts=hosts, group=group, accept_new_host_key=accept_new_host_key)
     settings = files.load_profile(profile or chosen.profile)
-    if flops is not None and model.startswith("onnx:"):
-        raise UsageError("an ONNX file is not pruned to a budget", "leave out --flops")
+    if pruner is not None:
+        settings = settings.model_copy(update={"pruner": pruner})
+    for option, given in (("--flops", flops), ("--pruner", pruner)):
+        if given is not None and model.startswith("onnx:"):
+            raise UsageError("an ONNX file is not pruned to a budget", f"leave out {option}")
     try:
         budget = settings.flops if flops is None else config.Flops.parse(flops)
     except ValueError as error:
@@ -246,4 +288,6 @@ def job_from(
         rebuild_stale=rebuild_stale,
         build=build_folder,
         claim=Claim(wait, steal),
+        teacher=None if teacher is None else config.Model.parse_teacher(teacher),
+        gpus=gpus,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -10,7 +11,7 @@ import click
 from toolkit.commands.options import github, in_container, job_from, junit, run_options
 
 
-def _go(until: str, options: dict[str, Any]) -> None:
+def _go(until: str, options: dict[str, Any], goal: str | None = None) -> None:
     from toolkit import runs
     from toolkit.cli import print_json, tell
     from toolkit.console import Console
@@ -18,15 +19,19 @@ def _go(until: str, options: dict[str, Any]) -> None:
     from toolkit.report import ci, terminal
 
     console = Console(quiet=options["quiet"])
-    job = job_from(**options)
+    job = replace(job_from(**options), until_contract=goal == "contract")
     if options["in_container"]:
         from toolkit.containers.inside import run_inside
 
         arguments = [argument for argument in sys.argv[1:] if argument != "--in-container"]
         raise click.exceptions.Exit(run_inside(arguments, job, console.say))
-    outcome = runs.execute(
-        job, until, console, frozenset(options["rerun"]), options["parallel"], options.get("waves")
-    )
+    rerun = frozenset(options["rerun"])
+    if goal == "latency":
+        from toolkit import bisection
+
+        outcome = bisection.largest(job, console, rerun)
+    else:
+        outcome = runs.execute(job, until, console, rerun, options["parallel"], options.get("waves"))
     if options["as_json"]:
         print_json(outcome.document)
     elif text := terminal.summary(outcome.document, outcome.picture):
@@ -51,12 +56,28 @@ def _go(until: str, options: dict[str, Any]) -> None:
 @click.option(
     "--waves", metavar="SIZES", help="Reach a fleet in waves, as 1,10%,100%; a wave that fails is rolled back."
 )
+@click.option(
+    "--until",
+    type=click.Choice(["contract", "latency"]),
+    help="contract: end fine-tuning when its accuracy suffices; latency: find the largest budget that keeps it.",
+)
 @junit
 @github
 @in_container
-def run(**options: Any) -> None:
+def run(until: str | None, **options: Any) -> None:
     """Do the whole job for TARGET: from training to a committed release."""
-    _go("commit", options)
+    if "auto" in (options["precision"], options["runtime"]):
+        from toolkit.commands import sweep
+
+        for name, given in {"until": until, **options}.items():
+            if name in ("until", "waves", "junit", "github", "in_container") and given:
+                raise click.UsageError(
+                    f"--{name.replace('_', '-')} does not go with 'auto', which measures several"
+                )
+        sweep.go(options, 1, commit=True)
+    if until == "latency" and options["flops"]:
+        raise click.UsageError("--until latency finds the budget itself; leave out --flops")
+    _go("commit", options, until)
 
 
 def _verb(stage: str, what: str, until: str | None = None) -> click.Command:

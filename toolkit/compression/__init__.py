@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from toolkit.compression import budget, data, pruning, quantization, sources, training
+    from toolkit.compression import budget, data, distributed, models, pruning, qat, quantization, sources, training
 
-__all__ = ["budget", "data", "pruning", "quantization", "sources", "training"]
+__all__ = ["budget", "data", "distributed", "models", "pruning", "qat", "quantization", "sources", "training"]
 
 
 def __getattr__(name: str) -> ModuleType:

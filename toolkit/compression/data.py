@@ -83,6 +83,8 @@ def fingerprint(data: Data, index: Path, *, remember: bool) -> dict[str, Any]:
         return {"kind": data.kind, "content": sha256_file(path)}
     if data.kind != "imagefolder":
         return {"kind": data.kind}
+    if data.content is not None:
+        return {"kind": data.kind, "content": data.content, "skip": data.skip_bad_images}
     layout = _image_folder(Path(str(data.path)).expanduser())
     files = list(layout.files())
     listing = hashlib.sha256()

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -54,3 +54,24 @@ def flops(network: nn.Module, size: int) -> int:
     device = next(network.parameters()).device
     with counting():
         return int(inference_flops(network, torch.zeros(1, 3, size, size, device=device), unit=1.0))
+
+
+@torch.no_grad()
+def by_layer(network: nn.Module, size: int) -> dict[str, int]:
+    """Return the FLOPs of each convolution and linear layer, by name, for one ``(1, 3, size, size)`` image."""
+    found: dict[str, int] = {}
+
+    def count(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> None:
+        positions = output.numel() // layer.weight.shape[0]
+        found[name] = found.get(name, 0) + 2 * layer.weight.numel() * positions
+
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, output, name=name: count(name, layer, output))
+        for name, layer in network.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    ]
+    network.eval()
+    network(torch.zeros(1, 3, size, size, device=next(network.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return found

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit import units
-from toolkit.config import Model
+from toolkit.config import TORCHVISION, Model
 from toolkit.errors import StageError, UsageError
 
 
@@ -77,17 +78,37 @@ class ResNet20(nn.Module):
         return logits
 
 
-def build(model: Model, num_classes: int, seed: int) -> nn.Module:
+def build(model: Model, num_classes: int, seed: int, downloads: Path | None = None) -> nn.Module:
     """Build a network with freshly initialised or given weights.
 
     Args:
         model: Which network.
-        num_classes: Width of its output.
+        num_classes: Width of its output; the classifier of a checkpoint with another number starts anew.
         seed: Seeds the initialisation; equal seeds give equal weights.
+        downloads: Folder of torchvision's weights.
 
     Raises:
         UsageError: It cannot be imported or built, or the checkpoint does not fit.
+        StageError: torchvision's weights cannot be downloaded.
     """
+    network = _fresh(model, num_classes, seed)
+    if model.weights == TORCHVISION:
+        assert downloads is not None
+        _load(network, _download(model.name, downloads), num_classes)
+    elif model.weights is not None:
+        _load(network, Path(model.weights), num_classes)
+    return network
+
+
+def build_teacher(model: Model, num_classes: int) -> nn.Module:
+    """Build a network that knows all the classes; raises UsageError where its checkpoint does not."""
+    network = _fresh(model, num_classes, seed=0)
+    assert model.weights is not None
+    _load(network, Path(model.weights), None)
+    return network
+
+
+def _fresh(model: Model, num_classes: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     if model.source == "built-in":
         network: nn.Module = ResNet20(num_classes)
@@ -95,9 +116,24 @@ def build(model: Model, num_classes: int, seed: int) -> nn.Module:
         network = _from_torchvision(model.name, num_classes)
     else:
         network = _from_factory(model.name, num_classes)
-    if model.weights is not None:
-        _load_checkpoint(network, Path(model.weights))
     return network
+
+
+def _download(name: str, downloads: Path) -> Path:
+    """Return the file of torchvision's best weights for a model, downloaded once."""
+    from torchvision import models
+
+    url = models.get_model_weights(name).DEFAULT.url
+    path = downloads / Path(url).name
+    if not path.exists():
+        try:
+            torch.hub.load_state_dict_from_url(url, str(downloads), progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise StageError(
+                f"torchvision's weights of {name} cannot be downloaded: {str(error).splitlines()[0]}",
+                f"bring {url} to {downloads}, or give --weights FILE",
+            ) from error
+    return path
 
 
 def _from_torchvision(name: str, num_classes: int) -> nn.Module:
@@ -144,8 +180,15 @@ def _from_factory(name: str, num_classes: int) -> nn.Module:
     return network
 
 
-def _load_checkpoint(network: nn.Module, path: Path) -> None:
-    """Load a safetensors file or a state dict (also under ``state_dict`` or ``model``); tensors only, no code."""
+def _load(network: nn.Module, path: Path, classes: int | None) -> None:
+    """Load a safetensors file or a state dict (also under ``state_dict`` or ``model``); tensors only, no code.
+
+    Args:
+        network: Where to.
+        path: The file.
+        classes: Tensors of so many rows may have another number of them in the file, and are then left as they
+            are; None where everything has to fit.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -165,6 +208,9 @@ def _load_checkpoint(network: nn.Module, path: Path) -> None:
         raise UsageError(f"the checkpoint {path} is not a table of tensors", "save model.state_dict() to it")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     own = network.state_dict()
+    for key, tensor in own.items():
+        if key in state and tensor.shape[:1] == (classes,) != state[key].shape[:1]:
+            state[key] = tensor
     problems = [f"'{key}' is missing" for key in own if key not in state]
     problems += [f"'{key}' is not in the model" for key in state if key not in own]
     problems += [
@@ -205,26 +251,57 @@ def check(network: nn.Module, name: str, size: int, num_classes: int) -> None:
 
 
 def save(network: nn.Module, path: Path) -> None:
-    """Save weights together with Model Optimizer's record of what was done to the network."""
+    """Save weights, for FastNAS's networks together with Model Optimizer's record of what was done to them."""
     import modelopt.torch.opt as mto
+    from modelopt.torch.opt.conversion import ModeloptStateManager
 
-    mto.save(network.cpu(), path)
+    if ModeloptStateManager.is_converted(network):
+        mto.save(network.cpu(), path)
+    else:
+        torch.save(network.cpu().state_dict(), path)
 
 
 def restore(model: Model, num_classes: int, path: Path) -> nn.Module:
     """Rebuild a network that :func:`save` wrote, pruned or not."""
     import modelopt.torch.opt as mto
 
-    network = build(model.model_copy(update={"weights": None}), num_classes, seed=0)
+    network = _fresh(model, num_classes, seed=0)
     try:
-        restored = mto.restore(network, path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if "modelopt_state" in saved:
+            network, saved = (
+                mto.restore_from_modelopt_state(network, saved["modelopt_state"]),
+                saved["model_state_dict"],
+            )
+        else:
+            _resize(network, saved)
+        network.load_state_dict(saved)
     except Exception as error:
         raise StageError(
             f"the network in {path} cannot be restored: {type(error).__name__}: {error}",
             "if the model's code or Model Optimizer changed since, run again with --rerun",
         ) from error
-    assert isinstance(restored, nn.Module)
-    return restored
+    return network
+
+
+def _resize(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a network's layers the widths that a state dict of the same network, pruned, has."""
+    for name, layer in network.named_modules():
+        for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+            saved = state[f"{name}.{key}" if name else key]
+            if saved.shape != tensor.shape:
+                tensor.data = torch.empty_like(saved)
+        if isinstance(layer, nn.Conv2d):
+            channels, inputs = layer.weight.shape[:2]
+            if layer.groups == layer.in_channels > 1:  # depthwise
+                layer.groups = channels
+            layer.out_channels, layer.in_channels = channels, inputs * layer.groups
+        elif isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = layer.weight.shape
+        elif isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+            layer.num_features = len(layer.running_mean)
+        elif isinstance(layer, nn.LayerNorm):
+            layer.normalized_shape = tuple(layer.weight.shape)
 
 
 def parameters(network: nn.Module) -> int:

@@ -1,109 +1,110 @@
-"""Pruning to a FLOPs budget with Model Optimizer's FastNAS."""
+"""Pruning to a FLOPs budget: what every pruner shares; how each one chooses widths stands in its own module.
+
+A pruner is a module with two functions: ``smallest`` returns the smallest network that it can make of one, with
+the reasons why layers stay, and ``search`` the best network within a limit of FLOPs.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from toolkit.compression import data as datasets
 from toolkit.compression import flops, models
-from toolkit.compression.training import (
-    Hardware,
-    Images,
-    accuracy,
-    load_baseline,
-    measure,
-    predict,
-    seed_everything,
-)
-from toolkit.config import Flops, Model, Recipe
+from toolkit.compression.batchnorm import calibration, recalibrate
+from toolkit.compression.images import Hardware, Images
+from toolkit.compression.training import load_baseline, measure, seed_everything
+from toolkit.config import Flops, Model, PrunerName, Recipe
 from toolkit.errors import UsageError
 from toolkit.store import Artifact, Work
-
-log = logging.getLogger(__name__)
-
-_CALIBRATION_BATCHES = 50  # what FastNAS keeps for recalibrating batch norm; with fewer it does not recalibrate
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What FastNAS can do to a network: FLOPs of the whole, and of its smallest subnetwork."""
+    """What pruning can do to a network.
+
+    Attributes:
+        flops: Of the whole.
+        smallest: FLOPs of the smallest that is left of it.
+        skipped: Layers that stay as they are, input and output: why.
+        unprunable: Share of the FLOPs (0 to 1) that is not in layers which shrink.
+    """
 
     flops: int
     smallest: int
+    skipped: dict[str, str]
+    unprunable: float
 
 
-def _mode(divisor: int) -> list[tuple[str, dict[str, Any]]]:
-    """Return FastNAS's configuration with every width a multiple of ``divisor``."""
-    from modelopt.torch.prune.fastnas import FastNASConfig
+def _module(pruner: PrunerName) -> ModuleType:
+    """Return a pruner; raises UsageError where it takes a package that is not installed."""
+    if pruner == "fastnas":
+        from toolkit.compression import fastnas
 
-    config = FastNASConfig().model_dump()
-    for rules in config.values():
-        for rule in (rules or {}).values():
-            for key in ("channel_divisor", "feature_divisor"):
-                if key in rule:
-                    rule[key] = divisor
-    return [("fastnas", config)]
+        return fastnas
+    try:
+        from toolkit.compression import depgraph
+    except ModuleNotFoundError as missing:
+        raise UsageError(
+            f"the pruner 'depgraph' needs a package that is not installed: {missing.name}",
+            "install it with: python3 -m pip install 'edge-toolkit[depgraph]', or use --pruner fastnas",
+        ) from missing
+    return depgraph
 
 
-def reach(network: nn.Module, name: str, size: int, divisor: int) -> Reach:
-    """Return the FLOPs that pruning can reach; converts the network.
+def reach(network: nn.Module, name: str, size: int, divisor: int, pruner: PrunerName) -> Reach:
+    """Return how far a network can be pruned; changes it.
 
     Raises:
-        UsageError: FastNAS cannot trace the network.
+        UsageError: The pruner cannot follow the network, or is not installed.
     """
-    import modelopt.torch.nas as mtn
-    from modelopt.torch.prune.pruning import PruneModeRegistry
-
-    whole = flops.flops(network, size)
-    try:
-        space = mtn.convert(network, _mode(divisor), registry=PruneModeRegistry)
-        mtn.sample(space, min)
-        smallest = flops.flops(space, size)
-    except Exception as error:
-        raise UsageError(
-            f"FastNAS cannot trace the model '{name}': {type(error).__name__}: {str(error).splitlines()[0]}",
-            "avoid Python control flow that depends on tensor values in forward(), or keep the whole network "
-            "with --flops 100%",
-        ) from error
-    return Reach(whole, smallest)
+    whole, before = flops.flops(network, size), flops.by_layer(network, size)
+    smallest, reasons = _module(pruner).smallest(network, name, size, divisor)
+    after = flops.by_layer(smallest, size)
+    shrinking = {layer for layer in before if after[layer] < before[layer]}
+    return Reach(
+        whole,
+        flops.flops(smallest, size),
+        {layer: reasons.get(layer, "the pruner does not reach it") for layer in before if layer not in shrinking},
+        1 - sum(before[layer] for layer in shrinking) / whole,
+    )
 
 
-def check(data: Artifact, model: Model, divisor: int) -> dict[str, Any]:
-    """Build the network and see, before anything expensive, whether it can be used and how far it can be pruned.
+def check(
+    data: Artifact,
+    model: Model,
+    divisor: int,
+    pruner: PrunerName,
+    downloads: Path,
+    teacher: Model | None = None,
+) -> dict[str, Any]:
+    """Build the networks and see, before anything expensive, whether they can be used, and one be pruned how far.
 
     Returns:
-        ``flops``, ``params``, ``smallest`` (FLOPs that FastNAS can reach; None where it cannot trace the
-        network) and ``obstacle`` (why it cannot).
+        ``flops``, ``params``, ``pruner``, and of :class:`Reach` ``smallest``, ``skipped``, ``unprunable``; where
+        the pruner cannot follow the network, ``smallest`` and ``unprunable`` are None, and ``obstacle`` says why.
     """
+    _module(pruner)
     size, classes = data.meta["input_size"], len(data.meta["classes"])
-    network = models.build(model, classes, seed=0)
+    network = models.build(model, classes, 0, downloads)
     models.check(network, str(model), size, classes)
-    found = {"params": models.parameters(network), "flops": flops.flops(network, size)}
+    if teacher is not None:
+        models.check(models.build_teacher(teacher, classes), str(teacher), size, classes)
+    found = {"params": models.parameters(network), "flops": flops.flops(network, size), "pruner": pruner}
     try:
-        return found | {"smallest": reach(network, str(model), size, divisor).smallest, "obstacle": None}
+        possible = reach(network, str(model), size, divisor, pruner)
     except UsageError as error:
-        return found | {"smallest": None, "obstacle": error.message}
-
-
-class _Batches:
-    """Batches for FastNAS's batch norm calibration: never-ending passes over the training images."""
-
-    def __init__(self, images: Images, batch: int) -> None:
-        self.images, self.batch = images, batch
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while True:
-            for inputs, _ in self.images.batches(self.batch):
-                yield inputs
+        return found | {"smallest": None, "skipped": {}, "unprunable": None, "obstacle": error.message}
+    return found | {
+        "smallest": possible.smallest,
+        "skipped": possible.skipped,
+        "unprunable": possible.unprunable,
+        "obstacle": None,
+    }
 
 
 def prune(
@@ -114,6 +115,7 @@ def prune(
     recipe: Recipe,
     budget: Flops,
     divisor: int,
+    pruner: PrunerName,
     searches: Path,
     seed: int,
 ) -> dict[str, Any]:
@@ -127,83 +129,43 @@ def prune(
         recipe: For the number of images.
         budget: FLOPs of the result, at most.
         divisor: Every width is a multiple of it.
-        searches: Folder of the searches' checkpoints, shared by all budgets of a baseline.
+        pruner: Which one.
+        searches: Folder of what the searches found out, shared by all budgets of a baseline.
         seed: Of everything random.
 
     Returns:
-        ``accuracy`` (before fine-tuning), ``flops``, ``macs``, ``params``, ``pruned`` (whether anything was
-        removed) and ``widths`` (channels a layer: before, after).
+        ``accuracy`` (before fine-tuning), ``flops``, ``macs``, ``params``, ``pruner``, ``pruned`` (whether
+        anything was removed) and ``widths`` (channels a layer: before, after).
     """
-    import modelopt.torch.prune as mtp
-
     hardware = Hardware.find()
     seed_everything(seed)
-    network = load_baseline(baseline, data, model).to(hardware.device)  # it converts no channels_last network
+    network = load_baseline(baseline, data, model).to(hardware.device)  # FastNAS converts no channels_last one
     limit = budget.resolve(baseline.meta["flops"])
     before = _widths(network)
     pruned = limit < baseline.meta["flops"]
     if pruned:
-        size = data.meta["input_size"]
-        train = Images(datasets.load(data, "train").first(recipe.train_images), data.meta, hardware)
+        train = Images(datasets.load(data, "train"), data.meta, hardware)
         val = Images(
             datasets.load(data, "val").first(recipe.val_images).first(recipe.search_images), data.meta, hardware
         )
-        evaluated = 0
-
-        def score(candidate: nn.Module) -> float:
-            nonlocal evaluated
-            evaluated += 1
-            value = accuracy(predict(candidate, val), val)
-            work.progress(evaluated, 0, f"candidate {evaluated}: validation {value:.2%}")
-            return value
-
-        search = searches / f"{baseline.digest[:16]}-{divisor}-{len(train)}-{len(val)}.pth"
-        checkpoint = _open_search(work, search)
-        with hardware.autocast(), flops.counting():
-            network, _ = mtp.prune(
-                network,
-                _mode(divisor),
-                {"flops": limit},
-                torch.zeros(1, 3, size, size, device=hardware.device),
-                {
-                    "data_loader": _Batches(train, min(64, max(8, len(train) // _CALIBRATION_BATCHES))),
-                    "collect_func": lambda inputs: inputs,
-                    "max_iter_data_loader": _CALIBRATION_BATCHES,
-                    "score_func": score,
-                    "checkpoint": str(checkpoint),
-                    "verbose": False,
-                },
-            )
-        _share_search(checkpoint, search)
+        network = _module(pruner).search(
+            network,
+            train,
+            val,
+            size=data.meta["input_size"],
+            limit=limit,
+            divisor=divisor,
+            hardware=hardware,
+            work=work,
+            shared=searches / f"{baseline.digest[:16]}-{divisor}-{len(train)}-{len(val)}",
+        )
+        with hardware.autocast():
+            recalibrate(hardware.place(network), calibration(train))
     result = measure(network, data, hardware)
     after = _widths(network)
     models.save(network, work.out / "model.pth")
-    return result | {"pruned": pruned, "widths": {name: [before[name], after[name]] for name in before}}
-
-
-def _open_search(work: Work, shared: Path) -> Path:
-    """Return this stage's copy of the search's checkpoint: its own unfinished one, or the one that is shared.
-
-    Model Optimizer rewrites its checkpoint in place, so that a kill can leave half of one: that is dropped.
-    """
-    own = work.resume / "search.pth"
-    if shared.exists():
-        shutil.copyfile(shared, own)
-    if own.exists():
-        try:
-            torch.load(own, weights_only=True)
-        except Exception as error:
-            log.warning("the search's checkpoint cannot be read and is dropped: %s", error)
-            own.unlink()
-    return own
-
-
-def _share_search(own: Path, shared: Path) -> None:
-    if own.exists():
-        shared.parent.mkdir(parents=True, exist_ok=True)
-        temporary = shared.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(own, temporary)
-        temporary.replace(shared)
+    widths = {name: [before[name], after[name]] for name in before}
+    return result | {"pruner": pruner, "pruned": pruned, "widths": widths}
 
 
 def _widths(network: nn.Module) -> dict[str, int]:

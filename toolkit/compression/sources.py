@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import Model
+from toolkit.config import TORCHVISION, Model
 from toolkit.errors import UsageError
 from toolkit.store import canonical, sha256_file, sha256_text
 
@@ -24,19 +24,24 @@ def identify(model: Model) -> dict[str, Any]:
         UsageError: The factory's module cannot be found.
     """
     found: dict[str, Any] = {"source": model.source, "name": model.name}
-    if model.weights is not None:
+    if model.weights == TORCHVISION:
+        found["weights"] = TORCHVISION  # which ones they are is its version's to say
+    elif model.weights is not None:
         found["weights"] = sha256_file(Path(model.weights))
     if model.source == "torchvision":
         found["torchvision"] = importlib.metadata.version("torchvision")
     if model.source == "factory":
-        module = model.name.partition(":")[0]
-        found["code"] = sha256_text(canonical([sha256_file(path) for path in _sources(module)]))
+        found["code"] = sha256_text(canonical([sha256_file(path) for path in files_of(model)]))
     return found
 
 
-def _sources(module: str) -> list[Path]:
-    """Return the module's file and the files in the working folder that it imports, directly or not."""
-    here = Path.cwd()
+def files_of(model: Model) -> list[Path]:
+    """Return the file of a factory's module and those in the working folder that it imports, directly or not.
+
+    Raises:
+        UsageError: The module cannot be found.
+    """
+    module, here = model.name.partition(":")[0], Path.cwd()
     if str(here) not in sys.path:
         sys.path.insert(0, str(here))
     try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,99 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from toolkit.compression import compiling, distributed, flops, models
 from toolkit.compression import data as datasets
-from toolkit.compression import flops, models
+from toolkit.compression.images import Hardware, Images, accuracy, predict
+from toolkit.compression.steps import Backward, Loss
 from toolkit.config import Model, Recipe
 from toolkit.errors import StageError
 from toolkit.store import Artifact, Work
 
-_TEACHER_WEIGHT = 0.9  # share of the soft targets in the loss
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Where the arithmetic is done, and in what."""
-
-    device: torch.device
-    bf16: bool
-
-    @classmethod
-    def find(cls) -> Hardware:
-        """Use CUDA where there is one; bf16 where the hardware computes in it."""
-        if torch.cuda.is_available():
-            return cls(torch.device("cuda"), torch.cuda.is_bf16_supported(including_emulation=False))
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        return cls(torch.device("cpu"), bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Compute in bf16 where the hardware has it."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def place(self, network: nn.Module) -> nn.Module:
-        """Move a network here, in the memory layout that convolutions are fastest in."""
-        return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-class Images:
-    """One split on the device: uint8 images, labels, and the way from the one to a network's input.
-
-    Args:
-        split: Images ``(N, 3, S, S)`` uint8 and labels ``(N,)``.
-        meta: Of the ``data`` artifact; ``mean`` and ``std`` a channel, on a scale of 0 to 1.
-        hardware: Where to keep them.
-    """
-
-    def __init__(self, split: datasets.Split, meta: dict[str, Any], hardware: Hardware) -> None:
-        self.images = torch.from_numpy(np.array(split.images)).to(hardware.device)
-        self.labels = torch.from_numpy(np.array(split.labels)).to(hardware.device)
-        self.mean = 255 * torch.tensor(meta["mean"], device=hardware.device).view(3, 1, 1)
-        self.scale = 1 / (255 * torch.tensor(meta["std"], device=hardware.device).view(3, 1, 1))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def normalise(self, batch: Tensor) -> Tensor:
-        """Turn uint8 ``(B, 3, S, S)`` into the float32 input of a network."""
-        return ((batch.float() - self.mean) * self.scale).contiguous(memory_format=torch.channels_last)
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all images in order, as network input, with their labels."""
-        for start in range(0, len(self), size):
-            yield self.normalise(self.images[start : start + size]), self.labels[start : start + size]
-
-    def augmented(self, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield one epoch of shuffled, randomly cropped and flipped batches; the last one may be smaller."""
-        order = torch.randperm(len(self), generator=generator)
-        size = self.images.shape[-1]
-        pad = recipe.crop
-        padded = F.pad(self.images, (pad, pad, pad, pad))
-        pixels = torch.arange(size)
-        for indices in torch.split(order, recipe.batch):
-            if len(indices) < 2:  # batch norm has no variance of one image
-                continue
-            shift = torch.randint(0, 2 * pad + 1, (2, len(indices), 1), generator=generator)
-            columns = pixels.expand(len(indices), size)
-            if recipe.flip:
-                flipped = torch.rand(len(indices), 1, generator=generator) < 0.5
-                columns = torch.where(flipped, size - 1 - columns, columns)
-            rows = (pixels + shift[0]).to(padded.device)
-            columns = (columns + shift[1]).to(padded.device)
-            indices = indices.to(padded.device)  # noqa: PLW2901
-            batch = padded[indices[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-            yield self.normalise(batch.permute(0, 3, 1, 2)), self.labels[indices]
-
-
-@torch.no_grad()
-def predict(network: nn.Module, images: Images) -> Tensor:
-    """Return logits ``(N, classes)`` of all images, in order; computes in the surrounding autocast, if any."""
-    network.eval()
-    size = 1024 if images.images.is_cuda else 128
-    return torch.cat([network(inputs) for inputs, _ in images.batches(size)])
-
-
-def accuracy(logits: Tensor, images: Images) -> float:
-    """Return the top-1 accuracy (0 to 1) of logits ``(N, classes)``."""
-    return (logits.argmax(1) == images.labels).sum().item() / len(images)
+_TEACHER_WEIGHT = 0.5  # share of the soft targets in the loss
 
 
 def seed_everything(seed: int) -> None:
@@ -132,9 +47,6 @@ def learning_rate(step: int, total: int, recipe: Recipe, base: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
 def _cross_entropy(logits: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
@@ -152,6 +64,37 @@ def _distillation(teacher: nn.Module, temperature: float) -> Loss:
     return loss
 
 
+def learning_from(teacher: nn.Module | None, recipe: Recipe, hardware: Hardware) -> Loss:
+    """Return the loss of a network that learns from labels, and from a teacher's soft targets if there is one."""
+    if teacher is None:
+        return _cross_entropy
+    return _distillation(hardware.place(teacher).eval(), recipe.temperature)
+
+
+def find_teacher(
+    data: Artifact, model: Model, baseline: Artifact, recipe: Recipe, teacher: Model | None
+) -> nn.Module | None:
+    """Return who teaches a pruned network: the teacher, else the baseline unless the recipe says otherwise."""
+    if teacher is not None:
+        return models.build_teacher(teacher, len(data.meta["classes"]))
+    return load_baseline(baseline, data, model) if recipe.teacher else None
+
+
+@dataclass
+class Fitted:
+    """What became of a training.
+
+    Attributes:
+        history: One entry an epoch: ``loss`` (mean) and ``val`` (accuracy, 0 to 1).
+        stopped: Why it ended before its last epoch; None where it did not.
+        notes: What the user should know of how it went.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    stopped: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
 def fit(
     network: nn.Module,
     train: Images,
@@ -164,31 +107,35 @@ def fit(
     hardware: Hardware,
     work: Work,
     loss: Loss = _cross_entropy,
-) -> list[dict[str, float]]:
+    stop: Callable[[float], bool] | None = None,
+    programs: Path | None = None,
+) -> Fitted:
     """Train in place and leave the weights of the best epoch by validation accuracy in the network.
 
     Every epoch ends with a checkpoint in ``work.resume``; the random numbers of an epoch depend on the seed and
-    the epoch alone, so that a continued run gives the same weights as an undisturbed one.
+    the epoch alone, so that a continued run gives the same weights as an undisturbed one. A batch that the memory
+    does not suffice for is computed in parts whose gradients are added up.
 
     Args:
         network: On ``hardware`` already.
         train: Training images.
         val: Validation images.
-        recipe: Batch, momentum, weight decay, warm-up, augmentation.
+        recipe: Batch, momentum, weight decay, warm-up, augmentation, gradient checkpointing.
         epochs: Passes over ``train``.
         base_lr: Learning rate for a batch of 128.
         seed: Of shuffling, augmentation and dropout.
         hardware: Where and in what to compute.
         work: For checkpoints and progress.
-        loss: Called with logits ``(B, classes)`` float32, labels ``(B,)`` and inputs ``(B, 3, S, S)``.
-
-    Returns:
-        One entry an epoch: ``loss`` (mean) and ``val`` (accuracy).
+        loss: Called with logits ``(B, classes)`` float32, labels ``(B,)`` and inputs ``(B, 3, S, S)``; a mean over
+            the batch.
+        stop: Asked after each epoch with the validation accuracy (0 to 1); ends the training when it says so.
+        programs: Folder of compiled programs, kept between runs; None never compiles.
 
     Raises:
-        StageError: The loss is no longer a number.
+        StageError: The loss is no longer a number, or two images are too many for the memory.
+        UsageError: There is nothing to recompute in the network.
     """
-    steps_per_epoch = math.ceil(len(train) / recipe.batch)
+    steps_per_epoch = math.ceil(recipe.images_per_epoch(len(train)) / recipe.batch)
     total = max(1, epochs * steps_per_epoch)
     decayed = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
@@ -199,37 +146,50 @@ def fit(
         nesterov=recipe.momentum > 0,
     )
     checkpoint = work.resume / "checkpoint.pt"
-    history: list[dict[str, float]] = []
+    fitted = Fitted()
+    history = fitted.history
+    recompute = recipe.gradient_checkpointing
+    backward = Backward(distributed.replicate(network), loss, hardware.autocast, recipe.batch, recompute=recompute)
     best: dict[str, Any] = {"val": -1.0, "state": None}
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=hardware.device, weights_only=True)
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
-        history, best = saved["history"], saved["best"]
+        history.extend(saved["history"])
+        best, backward.parts = saved["best"], max(1, saved["parts"] // distributed.size())
         work.progress(len(history), epochs, f"continues after epoch {len(history)}")
+    short_of_memory = recompute or backward.parts > 1
+    if distributed.size() > 1:
+        programs = None  # processes that time steps would not decide alike
+    if programs is not None and len(history) < epochs and len(train) >= recipe.batch and not short_of_memory:
+        seed_everything(seed)
+        batch = next(train.augmented(recipe, torch.Generator().manual_seed(seed)))
+        backward.run = compiling.choose(
+            network.train(),
+            backward,
+            batch,
+            total,
+            programs,
+            lambda text: work.progress(len(history), epochs, text),
+        )
     for epoch in range(len(history), epochs):
-        seed_everything(seed * 100_003 + epoch)
+        if stop is not None and history and stop(history[-1]["val"]):
+            fitted.stopped = f"a validation accuracy of {history[-1]['val']:.2%} suffices"
+            break
+        seed_everything(seed * 100_003 + epoch + (distributed.rank() << 48))  # each has dropout of its own
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         network.train()
-        mean = torch.zeros((), device=hardware.device)
+        losses: list[Tensor] = []  # on the device: nothing waits for them before the epoch is over
         for step, (inputs, labels) in enumerate(train.augmented(recipe, generator)):
             rate = learning_rate(epoch * steps_per_epoch + step, total, recipe, base_lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with hardware.autocast():
-                value = loss(network(inputs).float(), labels, inputs)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
+            losses.append(backward(inputs, labels))
             optimizer.step()
-            mean += value.detach() / steps_per_epoch
-        if not math.isfinite(mean.item()):
-            raise StageError(
-                f"the loss is no longer a number in epoch {epoch + 1}",
-                f"lower the learning rate (recipe.lr is {recipe.lr:g}) in the profile",
-            )
+        mean = _mean(distributed.mean(torch.stack(losses)), epoch, recipe, checkpoint)
         with hardware.autocast():
-            score = accuracy(predict(network, val), val)
-        history.append({"loss": round(mean.item(), 6), "val": score})
+            score = distributed.first(accuracy(predict(network, val), val))
+        history.append({"loss": round(mean, 6), "val": score})
         if score >= best["val"]:
             best = {"val": score, "state": {k: v.clone() for k, v in network.state_dict().items()}}
         state = {
@@ -237,16 +197,35 @@ def fit(
             "optimizer": optimizer.state_dict(),
             "history": history,
             "best": best,
+            "parts": backward.parts,
         }
-        with checkpoint.with_suffix(".new").open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        checkpoint.with_suffix(".new").replace(checkpoint)
-        work.progress(epoch + 1, epochs, f"loss {mean.item():.3f}, validation {score:.2%}")
+        if distributed.rank() == 0:
+            _keep(state, checkpoint)
+        work.progress(epoch + 1, epochs, f"loss {mean:.3f}, validation {score:.2%}")
     if best["state"] is not None:
         network.load_state_dict(best["state"])
-    return history
+    fitted.notes = backward.notes
+    return fitted
+
+
+def _keep(state: dict[str, Any], checkpoint: Path) -> None:
+    with checkpoint.with_suffix(".new").open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    checkpoint.with_suffix(".new").replace(checkpoint)
+
+
+def _mean(losses: Tensor, epoch: int, recipe: Recipe, checkpoint: Path) -> float:
+    """Return the mean loss of an epoch; raises StageError when a step's is no number."""
+    lost = (~losses.isfinite()).nonzero()
+    if len(lost):
+        kept = f"; what epoch {epoch} had reached is kept in {checkpoint}" if checkpoint.exists() else ""
+        raise StageError(
+            f"the loss is no longer a number in epoch {epoch + 1}, step {int(lost[0]) + 1} of {len(losses)}{kept}",
+            f"halve the learning rate: recipe.lr {recipe.lr / 2:g} in the profile instead of {recipe.lr:g}",
+        )
+    return losses.mean().item()
 
 
 def measure(network: nn.Module, data: Artifact, hardware: Hardware, keep: Path | None = None) -> dict[str, Any]:
@@ -271,18 +250,40 @@ def measure(network: nn.Module, data: Artifact, hardware: Hardware, keep: Path |
     }
 
 
-def train(work: Work, data: Artifact, model: Model, recipe: Recipe, seed: int) -> dict[str, Any]:
+def train(
+    work: Work,
+    data: Artifact,
+    model: Model,
+    recipe: Recipe,
+    seed: int,
+    *,
+    programs: Path | None = None,
+    downloads: Path | None = None,
+    teacher: Model | None = None,
+) -> dict[str, Any]:
     """Train the unpruned network; writes ``model.safetensors`` and ``test.logits.npy``.
 
+    Args:
+        work: Output and progress.
+        data: The data artifact.
+        model: The network's definition, and which weights it starts from.
+        recipe: How to train.
+        seed: Of everything random.
+        programs: Folder of compiled programs, kept between runs; None never compiles.
+        downloads: Folder of torchvision's weights.
+        teacher: A network to learn from (soft targets), with its checkpoint.
+
     Returns:
-        ``accuracy``, ``flops``, ``macs``, ``params`` and ``history``.
+        ``accuracy``, ``flops``, ``macs``, ``params``, and what :class:`Fitted` holds.
     """
     hardware = Hardware.find()
     seed_everything(seed)
-    network = hardware.place(models.build(model, len(data.meta["classes"]), seed))
-    history = fit(
+    classes = len(data.meta["classes"])
+    network = hardware.place(models.build(model, classes, seed, downloads))
+    knowing = models.build_teacher(teacher, classes) if teacher else None
+    fitted = fit(
         network,
-        Images(datasets.load(data, "train").first(recipe.train_images), data.meta, hardware),
+        Images(datasets.load(data, "train"), data.meta, hardware),
         Images(datasets.load(data, "val").first(recipe.val_images), data.meta, hardware),
         recipe=recipe,
         epochs=recipe.epochs,
@@ -290,10 +291,14 @@ def train(work: Work, data: Artifact, model: Model, recipe: Recipe, seed: int) -
         seed=seed,
         hardware=hardware,
         work=work,
+        programs=programs,
+        loss=learning_from(knowing, recipe, hardware),
     )
+    if distributed.rank() > 0:
+        return {}
     state = {key: value.cpu().contiguous() for key, value in network.state_dict().items()}
     save_file(state, work.out / "model.safetensors")
-    return measure(network, data, hardware, work.out) | {"history": history}
+    return measure(network, data, hardware, work.out) | asdict(fitted)
 
 
 def load_baseline(baseline: Artifact, data: Artifact, model: Model) -> nn.Module:
@@ -304,29 +309,48 @@ def load_baseline(baseline: Artifact, data: Artifact, model: Model) -> nn.Module
 
 
 def finetune(
-    work: Work, data: Artifact, model: Model, baseline: Artifact, pruned: Artifact, recipe: Recipe, seed: int
+    work: Work,
+    data: Artifact,
+    model: Model,
+    baseline: Artifact,
+    pruned: Artifact,
+    recipe: Recipe,
+    seed: int,
+    *,
+    programs: Path | None = None,
+    teacher: Model | None = None,
+    enough: float | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the pruned network at half the learning rate; writes ``model.pth`` and ``test.logits.npy``.
 
-    The baseline teaches it (soft targets) unless the recipe says otherwise. A network that was not pruned is
-    kept as it is.
+    The teacher, or else the baseline, teaches it (soft targets); without a teacher the recipe may say otherwise.
+    A network that was not pruned is kept as it is.
+
+    Args:
+        work: Output and progress.
+        data: The data artifact.
+        model: The network's definition.
+        baseline: The trained, unpruned network.
+        pruned: The pruned one.
+        recipe: How to train.
+        seed: Of everything random.
+        programs: Folder of compiled programs, kept between runs; None never compiles.
+        teacher: A network to learn from, with its checkpoint.
+        enough: Validation accuracy (0 to 1) that ends it early; None for all epochs.
 
     Returns:
-        ``accuracy``, ``flops``, ``macs``, ``params`` and ``history``.
+        ``accuracy``, ``flops``, ``macs``, ``params``, and what :class:`Fitted` holds.
     """
     hardware = Hardware.find()
     seed_everything(seed)
     classes = len(data.meta["classes"])
     network = hardware.place(models.restore(model, classes, pruned.file("model.pth")))
-    history: list[dict[str, float]] = []
+    fitted = Fitted()
     if pruned.meta["pruned"]:
-        loss: Loss = _cross_entropy
-        if recipe.teacher:
-            teacher = hardware.place(load_baseline(baseline, data, model)).eval()
-            loss = _distillation(teacher, recipe.temperature)
-        history = fit(
+        knowing = find_teacher(data, model, baseline, recipe, teacher)
+        fitted = fit(
             network,
-            Images(datasets.load(data, "train").first(recipe.train_images), data.meta, hardware),
+            Images(datasets.load(data, "train"), data.meta, hardware),
             Images(datasets.load(data, "val").first(recipe.val_images), data.meta, hardware),
             recipe=recipe,
             epochs=recipe.finetune_epochs,
@@ -334,8 +358,12 @@ def finetune(
             seed=seed,
             hardware=hardware,
             work=work,
-            loss=loss,
+            loss=learning_from(knowing, recipe, hardware),
+            stop=None if enough is None else lambda accuracy: accuracy >= enough,
+            programs=programs,
         )
-    result = measure(network, data, hardware, work.out) | {"history": history}
+    if distributed.rank() > 0:
+        return {}
+    result = measure(network, data, hardware, work.out) | asdict(fitted)
     models.save(network, work.out / "model.pth")
     return result

@@ -173,6 +173,7 @@ def run_command(
     env: Mapping[str, str] | None = None,
     network: str = "none",
     workdir: str | None = None,
+    shared_memory: str | None = None,
 ) -> list[str]:
     """Compose the command that runs a program in a container, as the user who calls.
 
@@ -187,6 +188,7 @@ def run_command(
         env: Environment variables.
         network: ``none``, or an engine's network: ``default``, ``host``.
         workdir: Its working folder.
+        shared_memory: Size of its /dev/shm, as ``1g``; the engine's own is 64 MB.
 
     Raises:
         StageError: A GPU is needed, and the engine can give none.
@@ -202,6 +204,8 @@ def run_command(
         command += require_gpu(engine)
     for path in mounts:
         command += ["--mount", _mount(path)]
+    if shared_memory:
+        command += ["--shm-size", shared_memory]
     if workdir:
         command += ["--workdir", workdir]
     # libraries ask for the user's name, which is not in the image's passwd

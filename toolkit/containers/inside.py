@@ -44,7 +44,8 @@ def run_inside(arguments: Sequence[str], job: Job, say: Say) -> int:
     for path in written:
         with disk_errors(path, "the run"):
             path.mkdir(parents=True, exist_ok=True)
-    read = [Path(path).absolute() for path in (job.data.path, job.model.weights) if path and Path(path).exists()]
+    given = (job.data.path, job.model.weights, job.teacher and job.teacher.weights)
+    read = [Path(path).absolute() for path in given if path and Path(path).exists()]
     name = unique_name()
     command = run_command(
         engine,
@@ -57,6 +58,7 @@ def run_inside(arguments: Sequence[str], job: Job, say: Say) -> int:
         env={key: os.environ[key] for key in ("TOOLKIT_BUILD", "NO_COLOR") if key in os.environ},
         network="host",
         workdir=str(Path.cwd()),
+        shared_memory=None if job.gpus is None else "1g",  # NCCL's guide, "Shared memory"
     )
     try:
         returncode = process.attach(command)

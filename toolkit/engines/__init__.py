@@ -15,7 +15,10 @@ from toolkit.devices.agent import Agent
 from toolkit.errors import UsageError
 from toolkit.store import Artifact, Work
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "fp8")
+
+
+_FP8_CAPABILITY = 89  # Ada and newer
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Order:
 
 
 def spelling(target: Target) -> Literal["onnxruntime", "tensorrt"]:
-    """Return whose Q/DQ a target's runtime takes, or is faster with (OpenVINO: docs/performance.md)."""
+    """Return whose Q/DQ a target's runtime takes, or is fastest with (OpenVINO: docs/performance.md)."""
     return "onnxruntime" if target.on_cpu else "tensorrt"
 
 
@@ -64,6 +67,15 @@ def require_precision(target: Target, precision: Precision) -> None:
     if precision not in PRECISIONS:
         raise UsageError(f"{target.runtime} has no {precision}", units.nearest(precision, list(PRECISIONS)))
     capabilities = target.build.compute_capabilities or [str(target.compute_capability)]
+    if precision == "fp8":
+        if target.on_cpu:
+            raise UsageError(f"{target.runtime} does not compute in fp8 on a CPU", "--precision int8 or fp32")
+        older = [name for name in capabilities if int(name[3:]) < _FP8_CAPABILITY]
+        if older:
+            raise UsageError(
+                f"{', '.join(older)} has no fp8, which begins with sm_{_FP8_CAPABILITY}",
+                "--precision int8 or fp16",
+            )
     if target.runtime == "tensorrt-rtx" and "sm_75" in capabilities:
         if precision != "fp16":
             raise UsageError(

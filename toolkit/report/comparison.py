@@ -23,14 +23,18 @@ class Entry:
         label: A short name of the run or the device.
         document: The run's document, or that of a fleet's host beside what the whole fleet has in common.
         bench: Its ``bench`` artifact.
+        recommended: Whether it is the one to ship.
+        current: Whether the device runs it.
     """
 
     label: str
     document: Mapping[str, Any]
     bench: Artifact
+    recommended: bool = False
+    current: bool = False
 
 
-def html(title: str, entries: Sequence[Entry], left_out: Sequence[str], library: str) -> str:
+def html(title: str, entries: Sequence[Entry], left_out: Sequence[str], library: str, lead: str = "") -> str:
     """Return a page that sets measurements side by side.
 
     Args:
@@ -38,20 +42,23 @@ def html(title: str, entries: Sequence[Entry], left_out: Sequence[str], library:
         entries: The measurements.
         left_out: What could not be compared, with the reason.
         library: JavaScript that draws the charts.
+        lead: What follows from it, one sentence.
     """
-    rows = [_row(entry) for entry in entries]
-    for row in rows:
-        row["front"] = row["accuracy"] is not None and not any(_dominates(other, row) for other in rows)
+    shown = tabulate(entries)
     specs: dict[str, tuple[Spec, str]] = {}
-    if any(row["accuracy"] is not None and row["p50"]["value"] is not None for row in rows):
+    if any(row["accuracy"] is not None and row["p50"]["value"] is not None for row in shown):
         caption = "With intervals; nothing is both faster and more accurate than what the line joins"
-        specs["pareto"] = (pareto(rows), caption)
+        if any(row["recommended"] for row in shown):
+            caption += "; the recommended one has a ring"
+        if any(row["current"] for row in shown):
+            caption += "; the device's current release is a diamond"
+        specs["pareto"] = (pareto(shown), caption)
     values = {
         entry.label: latency.by_scenario(latency.read(entry.bench)).get(entry.document["bench"]["scenario"])
         for entry in entries
     }
     curves = {name: some for name, some in values.items() if some is not None}
-    if curves:
+    if 0 < len(curves) <= len(vega.SERIES):
         specs["ecdf"] = (latency.ecdf(curves, vega.WIDTH), "How many queries were at most so slow")
     charts = {
         name: {
@@ -65,11 +72,21 @@ def html(title: str, entries: Sequence[Entry], left_out: Sequence[str], library:
     return page.render(
         "comparison.html.j2",
         title=title,
-        rows=rows,
+        rows=shown,
         charts=charts,
+        lead=lead,
         left_out=left_out,
         library=page.code_of(library),
     )
+
+
+def tabulate(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return what the table and the front show of each measurement; more than four are numbered in the chart."""
+    found = [_row(entry) for entry in entries]
+    for number, row in enumerate(found, 1):
+        row["front"] = row["accuracy"] is not None and not any(_dominates(other, row) for other in found)
+        row["mark"] = str(number) if len(found) > 4 else row["label"]
+    return found
 
 
 def _row(entry: Entry) -> dict[str, Any]:
@@ -78,6 +95,8 @@ def _row(entry: Entry) -> dict[str, Any]:
     low, high = (None, None) if accuracy is None else wilson(round(accuracy * images), images, bench["confidence"])
     return {
         "label": entry.label,
+        "recommended": entry.recommended,
+        "current": entry.current,
         "run": document,
         "bench": bench,
         "p50": bench["latency_ms"]["p50"],
@@ -101,12 +120,14 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Spec:
     """Return accuracy against median latency; what something else dominates is dimmed.
 
     Args:
-        rows: ``label``, ``p50`` (a figure, ms), ``accuracy`` with ``low`` and ``high`` (0 to 1) and ``front``.
+        rows: ``label``, ``p50`` (a figure, ms), ``accuracy`` with ``low`` and ``high`` (0 to 1), ``front``,
+            ``recommended``, ``current`` and ``mark``, the text beside the point.
     """
+    copied = ("label", "mark", "accuracy", "low", "high", "front", "recommended", "current")
     points = [
         {
             "ms": row["p50"]["value"], "ms_low": row["p50"]["low"], "ms_high": row["p50"]["high"],
-            **{key: row[key] for key in ("label", "accuracy", "low", "high", "front")},
+            **{key: row[key] for key in copied},
         }
         for row in rows
         if row["accuracy"] is not None and row["p50"]["value"] is not None
@@ -117,12 +138,17 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Spec:
         "color": {"condition": {"test": "datum.front", "value": vega.AFTER}, "value": vega.BEFORE},
         "opacity": {"condition": {"test": "datum.front", "value": 1}, "value": 0.55},
     }
+    shape = {"condition": {"test": "datum.current", "value": "diamond"}, "value": "circle"}
     says = tooltip(
         ("label", "run", None),
         ("ms", "p50 (ms)", ".4f"), ("ms_low", "at least", ".4f"), ("ms_high", "at most", ".4f"),
         ("accuracy", "accuracy", ".2%"), ("low", "at least", ".2%"), ("high", "at most", ".2%"),
     )  # fmt: skip
     rule = {"type": "rule", "strokeWidth": 1.5}
+    ring: list[Spec] = []
+    if any(point["recommended"] for point in points):  # an empty layer has no extent
+        mark = {"type": "point", "size": 320, "strokeWidth": 2, "color": vega.INK}
+        ring = [{"transform": [{"filter": "datum.recommended"}], "mark": mark, "encoding": {"x": x, "y": y}}]
     body = layer(
         vega.WIDTH,
         280,
@@ -133,13 +159,14 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Spec:
         },
         {"mark": rule, "encoding": {"x": x | {"field": "ms_low"}, "x2": {"field": "ms_high"}, "y": y, **seen}},
         {"mark": rule, "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, **seen}},
+        *ring,
         {
             "mark": {"type": "point", "filled": True, "size": 90},
-            "encoding": {"x": x, "y": y, "tooltip": says, **seen},
+            "encoding": {"x": x, "y": y, "shape": shape, "tooltip": says, **seen},
         },
         {
             "mark": {"type": "text", "align": "left", "dx": 9, "dy": -9},
-            "encoding": {"x": x, "y": y, "text": {"field": "label"}, "opacity": seen["opacity"]},
+            "encoding": {"x": x, "y": y, "text": {"field": "mark"}, "opacity": seen["opacity"]},
         },
         data={"values": points},
     )

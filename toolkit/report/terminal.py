@@ -28,18 +28,24 @@ def _data(meta: Mapping[str, Any]) -> str:
 def _check(meta: Mapping[str, Any]) -> str:
     size = f"{units.flops(meta['flops'])}, {units.count(meta['params'])} parameters"
     if meta["smallest"] is None:
-        return f"{size}, cannot be pruned"
-    return f"{size}, can be pruned to {meta['smallest'] / meta['flops']:.1%}"
+        return f"{size}, cannot be pruned by {meta['pruner']}"
+    text = f"{size}, can be pruned to {meta['smallest'] / meta['flops']:.1%} by {meta['pruner']}"
+    if not meta["skipped"]:
+        return text
+    names = list(meta["skipped"])
+    more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
+    return f"{text}, which skips {', '.join(names[:3])}{more} ({meta['unprunable']:.1%} of the FLOPs)"
 
 
 def _network(meta: Mapping[str, Any]) -> str:
-    return f"test accuracy {meta['accuracy']:.2%}, {units.flops(meta['flops'])}"
+    ended = f"; ended after epoch {len(meta['history'])}: {meta['stopped']}" if meta.get("stopped") else ""
+    return f"test accuracy {meta['accuracy']:.2%}, {units.flops(meta['flops'])}{ended}"
 
 
 def _prune(meta: Mapping[str, Any]) -> str:
     if not meta["pruned"]:
         return "nothing is pruned: the budget is not below the baseline"
-    return f"{_network(meta)} before fine-tuning"
+    return f"{_network(meta)} before fine-tuning, by {meta['pruner']}"
 
 
 def _export(meta: Mapping[str, Any]) -> str:
@@ -57,8 +63,27 @@ def _export(meta: Mapping[str, Any]) -> str:
 
 
 def _quantize(meta: Mapping[str, Any]) -> str:
-    images = f", calibrated on {meta['calibration_images']} images" if meta["calibration_images"] else ""
-    return f"{meta['precision']} for {meta['spelling']}, {units.size(meta['bytes'])}{images}"
+    parts = [f"{meta['precision']} for {meta['spelling']}", units.size(meta["bytes"])]
+    if meta["calibration_images"]:
+        parts.append(f"calibrated on {meta['calibration_images']} images ({meta['calibration']})")
+    if meta["drop"] is not None:
+        parts.append(f"{_lost(meta['drop'])} on validation images")
+    if meta["qat"]:
+        count = meta["qat"]["epochs"]
+        epochs = f"{count} epoch{'s' if count > 1 else ''} of quantisation-aware training"
+        better = f"after {epochs} (before: {_lost(meta['qat']['before'])})"
+        parts.append(better if meta["qat"]["taken"] else f"no better after {epochs}, which is left out")
+    if meta["kept"]:
+        nodes = ", ".join(entry["node"] for entry in meta["kept"][:3])
+        more = f" and {len(meta['kept']) - 3} more" if len(meta["kept"]) > 3 else ""
+        parts.append(f"kept in fp32: {nodes}{more}")
+    return ", ".join(parts)
+
+
+def _lost(drop: float) -> str:
+    if not drop:
+        return "as accurate"
+    return f"{'loses' if drop > 0 else 'gains'} {abs(drop):.2%}"
 
 
 def _reference(meta: Mapping[str, Any]) -> str:
@@ -168,3 +193,33 @@ def _fleet(hosts: Sequence[Mapping[str, Any]]) -> list[str]:
     table = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows]
     counts = Counter(host["status"] for host in hosts)
     return [*table, f"{len(hosts)} hosts: {', '.join(f'{count} {status}' for status, count in counts.items())}"]
+
+
+def sweep(document: Mapping[str, Any]) -> str:
+    """Return the end of a sweep for a terminal: a row a candidate, the fastest first, and the one to ship."""
+    rows = [("", "candidate", "p50", "accuracy", "FLOPs", "contract")]
+    measured = sorted(document["candidates"], key=lambda one: (one["p50"] or {}).get("value") or float("inf"))
+    for one in measured:
+        p50 = one["p50"]
+        rows.append((
+            "→" if one["label"] == document["recommended"] else "◆" if one["front"] else "",
+            one["label"],
+            "–" if not p50 or p50["value"] is None else f"{p50['value']:.3f} ms  {interval(p50, 'ms'):>18}",
+            show(one["accuracy"], "") if one["accuracy"] is not None else "–",
+            "–" if one["flops"] is None else units.count(one["flops"]),
+            one["error"]["message"] if one["error"] else one["verdict"] or "not judged",
+        ))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        f"{a:<{widths[0]}} {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e:>{widths[4]}}  {f}"
+        for a, b, c, d, e, f in rows
+    ]
+    if document["fast"]:
+        lines.append("FAST RUNS: a short recipe on part of the data; their accuracy is not the models' best")
+    chosen = document["recommended"]
+    lines.append(f"ship      {chosen}: {document['why']}" if chosen else f"ship      none: {document['why']}")
+    if commit := document["commit"]:
+        lines.append(f"release   {'committed' if commit['committed'] else 'not committed'}: {commit['reason']}")
+    if document["report"]:
+        lines.append(f"report    {document['report']}")
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""The latency table on layers whose times are known, and the search for the largest budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import PROFILE, run_toolkit, write_job
+from toolkit.bench import latency_table
+from toolkit.bench.latency_table import Layer, Network
+from toolkit.bisection import PROBES, STEPS, search
+
+
+@pytest.mark.parametrize("limit", range(-1, STEPS + 1))
+@pytest.mark.parametrize("off", [0, -3, 4, 100, -100])
+def test_the_search_finds_the_largest_step_or_says_that_there_is_none(limit: int, off: int) -> None:
+    probed: list[int] = []
+
+    def keeps(step: int) -> bool:
+        probed.append(step)
+        return step <= limit
+
+    found = search(keeps, lambda: limit + off)
+    assert len(probed) <= PROBES
+    assert len(set(probed)) == len(probed)
+    if limit < 0:
+        assert found is None
+    elif abs(off) <= 4:
+        assert found == limit
+    else:  # a guess that is far off may cost exactness
+        assert found is not None
+        assert limit - 4 <= found <= limit
+
+
+def network(width: float, noise: float = 0.0, seed: int = 0) -> Network:
+    """A network of four layers on a device that takes 5 µs a layer, 2 a MFLOP, and something for what it writes."""
+    random = np.random.default_rng(seed)
+    layers = []
+    for inputs, outputs, pixels in ((16, 16, 1024), (16, 32, 256), (32, 64, 64), (64, 64, 64)):
+        a, b = inputs * width, outputs * width
+        flops = 2 * 9 * a * b * pixels
+        us = 5 + 2 * flops / 1e6 + 1e-4 * b * pixels
+        layers.append(Layer(flops, a, b, us * (1 + noise * random.normal())))
+    total = sum(layer.us for layer in layers)
+    return Network(f"{width}", layers, 0.0, 1.2 * total / 1000)
+
+
+def test_the_table_knows_a_device_that_is_like_it() -> None:
+    table = latency_table.fit([network(1.0), network(0.5)])
+    unseen = network(0.75)
+    assert table.predict(unseen) == pytest.approx(unseen.ms, rel=0.01)
+
+
+def test_its_error_is_that_of_networks_it_has_not_seen() -> None:
+    found = latency_table.errors([network(width, 0.05, seed) for seed, width in enumerate((1.0, 0.75, 0.5))])
+    assert all(0 < abs(error) < 0.2 for error in found)
+
+
+def test_a_network_that_is_cut_alike_everywhere_is_what_it_would_be() -> None:
+    cut, real = network(1.0).scaled(0.25), network(0.5)
+    assert [layer.flops for layer in cut.layers] == [layer.flops for layer in real.layers]
+    assert [layer.outputs for layer in cut.layers] == [layer.outputs for layer in real.layers]
+
+
+def test_a_contract_without_limit_has_no_largest_budget(job: Path) -> None:
+    profile = PROFILE.replace("latency_p99: 1 s, ", "")
+    write_job(job, profile)
+    result = run_toolkit(job, "run", "tiny", "--until", "latency")
+    assert result.returncode == 2, result.stderr
+    assert "limits neither latency nor throughput" in result.stderr
+
+
+def test_the_whole_network_is_the_largest_where_it_keeps_the_contract(finished_copy: Path) -> None:
+    result = run_toolkit(finished_copy, "run", "tiny", "--until", "latency", "--precision", "int8", "--json")
+    assert result.returncode == 0, result.stderr
+    assert "measured" in result.stderr.partition("probe at 81.1M: ")[2].partition("\n")[0]
+    found = json.loads(result.stdout)
+    assert found["budget"] == "81.1M"
+    assert found["model"]["final"]["flops"] == found["model"]["baseline"]["flops"]
+    assert found["commit"]["committed"]

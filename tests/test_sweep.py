@@ -1,0 +1,267 @@
+"""Sweeps: which candidate is chosen, the whole of it on a small job, and the page on a phone."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from tests.conftest import run_toolkit
+from tests.pages import Measured, figure
+from tests.test_adopt import model, network
+from tests.test_report import browser, browser_only, drawn, opened  # noqa: F401
+from toolkit import files, runs, sweep, workers
+from toolkit.agent import facts
+from toolkit.candidates import Axes, Candidate, choose, halve, lay_out, runtimes_for
+from toolkit.config import Data, Flops, Model
+from toolkit.console import Console
+from toolkit.errors import UsageError
+from toolkit.job import Job
+from toolkit.report import comparison, recorded, terminal, vega
+from toolkit.stages import Runner
+from toolkit.store import Store
+
+SCHEMA = json.loads(sweep.SCHEMA.read_text())
+
+
+def one(label: str, ms: float | None, accuracy: float | None, verdict: str = "passed") -> dict[str, Any]:
+    return {"label": label, "verdict": verdict, "p50": figure(ms, 0.02), "accuracy": accuracy}
+
+
+@pytest.mark.parametrize(
+    ("measured", "chosen", "says"),
+    [
+        ([one("a", 1.0, 0.9), one("b", 0.5, 0.8)], "b", "the fastest of 2 that keep the contract"),
+        ([one("a", 1.0, 0.9), one("b", 0.5, 0.8)], "b", "a is 10.00% more accurate and 100% slower"),
+        ([one("a", 1.0, 0.9), one("b", 0.5, 0.8, "failed")], "a", "the only candidate that keeps the contract"),
+        ([one("a", 1.0, 0.9), one("b", 0.98, 0.8)], "a", "not significantly slower"),
+        ([one("a", 1.0, 0.9), one("b", 0.98, 0.9)], "b", "the fastest of 2"),
+        # b is no better than a, nor c than b: whoever took c would give up accuracy for nothing, step by step
+        ([one("a", 1.0, 0.9), one("b", 0.97, 0.8), one("c", 0.94, 0.7)], "a", "every faster one, c first"),
+        ([one("a", 1.0, None), one("b", 0.5, None)], "b", "the fastest of 2"),
+        ([one("a", None, 0.9)], None, "no candidate keeps the contract"),
+        ([one("a", 1.0, 0.9, "undecided")], None, "no candidate keeps the contract"),
+        ([], None, "no candidate keeps the contract"),
+    ],
+)
+def test_the_choice(measured: list[dict[str, Any]], chosen: str | None, says: str) -> None:
+    label, why = choose(measured)
+    assert label == chosen
+    assert says in why
+
+
+def test_what_cannot_be_is_left_out_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "runtimes", lambda: {"onnxruntime": "1.23"})
+    network(tmp_path / "net.onnx")
+    job = Job(
+        target=files.load_target("host-cpu"),
+        profile=files.load_profile("host-cpu"),
+        model=model(tmp_path / "net.onnx"),
+        data=Data.parse("none"),
+        precision="fp32",
+        budget=files.load_profile("host-cpu").flops,
+        seed=1,
+        fast=False,
+        allow_fast=False,
+        rebuild_stale=False,
+        build=tmp_path,
+    )
+    stages = Runner(Store(tmp_path / "store"), Console(quiet=True), "check")
+    axes = Axes([job.budget], ["fp32", "int8"], ["fastnas"], runtimes_for(job.target))
+    found, left_out = lay_out(job, axes, stages)
+    assert [one.label for one in found] == ["fp32 onnxruntime"]
+    assert [one.label for one in left_out] == ["int8 onnxruntime", "fp32 openvino", "int8 openvino"]
+    assert "only noise" in str(left_out[0])
+    assert "OpenVINO is not installed on this machine; hint: python3 -m pip install openvino" in str(left_out[1])
+    with pytest.raises(UsageError, match="t4 has a GPU"):
+        runtimes_for(files.load_target("t4"))
+
+
+def test_of_each_budget_the_worse_half_is_dropped(tmp_path: Path) -> None:
+    profile = files.load_profile("host-cpu")
+    found = []
+    for budget in ("60%", "40%"):
+        for pruner in ("a", "b", "c"):
+            for precision in ("fp32", "int8"):
+                job = Job(
+                    target=files.load_target("host-cpu"),
+                    profile=profile.model_copy(update={"pruner": pruner}),
+                    model=Model.parse("resnet20"),
+                    data=Data.parse("digits"),
+                    precision="fp32" if precision == "fp32" else "int8",
+                    budget=Flops.parse(budget),
+                    seed=1,
+                    fast=False,
+                    allow_fast=False,
+                    rebuild_stale=False,
+                    build=tmp_path,
+                )
+                found.append(Candidate(f"{budget} {precision} {pruner}", job))
+    asked: list[str] = []
+
+    def score(one: Candidate) -> float:
+        asked.append(one.label)
+        if one.label.startswith("40% fp32 c"):
+            raise UsageError("it cannot follow the network", "another pruner")
+        return {"a": 0.9, "b": 0.7, "c": 0.8}[one.job.profile.pruner]
+
+    kept, left_out = halve(found, score)
+    assert len(asked) == 6, "precisions share their network"
+    assert {one.label for one in kept if one.job.budget == Flops.parse("60%")} == {
+        "60% fp32 a", "60% int8 a", "60% fp32 c", "60% int8 c",
+    }  # fmt: skip
+    assert {one.label for one in kept if one.job.budget == Flops.parse("40%")} == {"40% fp32 a", "40% int8 a"}
+    reasons = {one.label: one.reason for one in left_out}
+    assert "70.00% of the validation images, with a 90.00%" in reasons["60% int8 b"]
+    assert reasons["40% int8 c"] == "it cannot follow the network"
+
+
+def test_a_sweep_goes_on_where_it_was_interrupted_and_switches_nothing(finished_copy: Path) -> None:
+    arguments = ["sweep", "tiny", "--flops", "80%,70%,10%", "--precision", "int8,fp32"]
+    arguments += ["--parallel", "2", "--json"]
+    begun = subprocess.Popen(
+        [sys.executable, "-m", "toolkit", *arguments],
+        cwd=finished_copy, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert begun.stderr
+    for line in begun.stderr:
+        if line.startswith("candidate 2 of 4"):
+            begun.send_signal(signal.SIGINT)
+            break
+    _, told = begun.communicate(timeout=300)
+    assert begun.returncode == 130, told
+    assert "the same command continues" in told
+
+    result = run_toolkit(finished_copy, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "networks of 80% int8 made" in result.stderr
+    assert "done in" not in result.stderr.partition("candidate 2 of 4")[0], "what was there is made again"
+    found = json.loads(result.stdout)
+    jsonschema.validate(found, SCHEMA)
+    assert [one["label"] for one in found["candidates"]] == ["80% int8", "80% fp32", "70% int8", "70% fp32"]
+    assert [one["label"] for one in found["left_out"]] == ["10% int8", "10% fp32"]
+    assert "cannot be reached" in found["left_out"][0]["reason"]
+    assert found["recommended"] in [one["label"] for one in found["candidates"]]
+    assert found["current"] == found["candidates"][0]["release"], "the finished job's own"
+    releases = json.loads(run_toolkit(finished_copy, "releases", "tiny", "--json").stdout)
+    assert [release["id"] for release in releases["releases"] if release["current"]] == [found["current"]]
+    page = (finished_copy / found["report"]).read_text()
+    assert f"Recommended: {found['recommended']}" in page
+    assert "10% fp32 is left out" in page
+    told = terminal.sweep(found)
+    assert f"→ {found['recommended']}" in told
+    removed = [path.name for path, _ in runs.collect_garbage(finished_copy / "build", 1, remove=False)]
+    assert not {one["run"] for one in found["candidates"]} & set(removed), "a sweep keeps all that it refers to"
+
+
+def test_ctrl_c_ends_all_that_trains_at_the_same_time(finished_copy: Path) -> None:
+    arguments = ["sweep", "tiny", "--flops", "75%,70%", "--parallel", "2"]
+    begun = subprocess.Popen(
+        [sys.executable, "-m", "toolkit", *arguments],
+        cwd=finished_copy, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not list(finished_copy.glob("build/store/.resume/finetune-*")):
+        assert begun.poll() is None, begun.communicate()[1]
+        time.sleep(0.1)
+    os.killpg(begun.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, told = begun.communicate(timeout=120)  # until the last process that could write has ended
+    assert begun.returncode == 130, told
+    assert "the same command continues" in told
+    assert "Traceback" not in told
+    result = run_toolkit(finished_copy, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "networks of 70% made" in result.stderr
+
+
+def test_the_device_decides_the_precision(finished_copy: Path) -> None:
+    result = run_toolkit(finished_copy, "run", "tiny", "--precision", "auto", "--json")
+    found = json.loads(result.stdout)
+    assert result.returncode == 0, result.stderr
+    assert {one["label"] for one in found["candidates"]} == {"fp32", "fp16", "int8"}
+    chosen = next(one for one in found["candidates"] if one["label"] == found["recommended"])
+    assert found["commit"]["committed"]
+    assert found["commit"]["current"] == chosen["release"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sweep", "tiny", "--precision", "fp32,int9"], "'int9' is not one of"),
+        (["sweep", "tiny", "--flops", "60%,x"], "--flops: 'x' is not a number"),
+        (["sweep", "tiny", "--hosts", "a,b"], "a fleet is meant"),
+        (["sweep", "tiny", "--halving"], "--halving compares pruners at the same budget"),
+        (["sweep", "tiny", "--ray", "head:6379"], "--ray head:6379 is no address of a Ray cluster"),
+        (["run", "tiny", "--flops", "60%,70%"], "--flops 60%,70% is a list"),
+        (["run", "tiny", "--precision", "fp32,auto"], "--precision fp32,auto is a list"),
+        (["sweep", "tiny", "--rerun", "train"], "candidates share the stage 'train'"),
+        (["sweep", "tiny", "--runtime", "tensorrt"], "needs its GPU's compute_capability"),
+        (["run", "tiny", "--precision", "auto", "--waves", "1,100%"], "--waves does not go with 'auto'"),
+        (["run", "tiny", "--precision", "auto", "--until", "latency"], "--until does not go with 'auto'"),
+        (["run", "tiny", "--flops", "60%", "--until", "latency"], "--until latency finds the budget itself"),
+        (["train", "tiny", "--precision", "auto"], "'auto' is decided by measuring"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(job: Path, arguments: list[str], says: str) -> None:
+    result = run_toolkit(job, *arguments)
+    assert result.returncode == 2, result.stderr
+    assert says in result.stderr
+    assert not (job / "build" / "store" / "train").exists()
+
+
+def test_processes_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    started = multiprocessing.Value("i", 0)
+    for _ in range(3):
+        workers.start(1, started)
+    assert taken == [0, 1, 0]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight candidates, and the release that is current."""
+    measured = Measured(tmp_path_factory.mktemp("sweep"))
+    store = Store(measured.build / "store")
+    entries = []
+    for number, (budget, precision) in enumerate((b, p) for b in (75, 60, 45, 35) for p in ("fp32", "int8")):
+        ms, accuracy = 0.1 + budget / 200 * (0.6 if precision == "int8" else 1), 0.97 + budget / 4000
+        name = f"20261121T120000-tiny-{number}"
+        document = measured.run(name, samples=2000, median_ms=ms, accuracy=accuracy)
+        bench = recorded.artifact(store, document, "bench")
+        label = f"{budget}% {precision}"
+        entries.append(comparison.Entry(label, document, bench, recommended=number == 3, current=number == 0))
+    out = measured.build / "report.html"
+    library = vega.library(store.root / ".vega")
+    out.write_text(comparison.html("a sweep", entries, [], library, "Recommended: 60% int8, the fastest"))
+    return out
+
+
+@browser_only
+def test_eight_candidates_can_be_read_on_a_phone(browser: Any, page: Path) -> None:  # noqa: F811
+    with opened(browser, page, width=390) as tab:
+        figure = drawn(tab, "pareto")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        texts = figure.locator(".live .role-mark text")
+        assert sorted(texts.all_text_contents()) == [str(number) for number in range(1, 9)]
+        boxes = [text.bounding_box() for text in texts.all()]
+        for index, a in enumerate(boxes):
+            for b in boxes[:index]:
+                apart = abs(a["x"] - b["x"]) >= min(a["width"], b["width"]) or abs(a["y"] - b["y"]) >= 8
+                assert apart, "no number stands on another one"
+        rows = tab.locator("tbody tr").all_inner_texts()
+        assert "recommended" in rows[3]
+        assert rows[0].startswith("1. 75% fp32")
+        assert "current" in rows[0]

@@ -1,0 +1,262 @@
+"""Networks made on a Ray cluster: by the same function as here, in a store of each machine's own.
+
+What the function needs goes there by Ray's object store, code and checkpoints by Ray's runtime environment, and
+what it has made comes back as the store's folders, so that no file system has to be shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import toolkit
+from toolkit import compression, networks, workers
+from toolkit.config import TORCHVISION, Model
+from toolkit.console import Console
+from toolkit.errors import StageError, ToolkitError, UsageError, disk_errors
+from toolkit.job import Job
+from toolkit.stages import Planner, Reached, silenced
+from toolkit.store import Artifact, DamagedError, Store
+from toolkit.workers import Make
+
+Key = tuple[str, str]  # stage and key of an artifact
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What comes back from a machine of the cluster.
+
+    Attributes:
+        became: What became of the networks.
+        folders: Artifacts that were made there, as tar files.
+        searches: Files of what the pruners' searches have found out.
+    """
+
+    became: str
+    folders: dict[Key, bytes]
+    searches: dict[str, bytes]
+
+
+@contextlib.contextmanager
+def connected(address: str, parallel: int, job: Job) -> Iterator[Make]:
+    """Yield what makes networks on a Ray cluster, until the connection is closed.
+
+    Args:
+        address: The head's, as ``ray://HOST:10001``.
+        parallel: How many networks each machine makes at a time; they share its cores and GPUs.
+        job: What all networks share: their model, its checkpoint and its teacher go there at once.
+
+    Raises:
+        UsageError: The address is none, Ray is not installed, or there is no network to train.
+        StageError: The cluster cannot be reached, or fails.
+    """
+    if not address.startswith("ray://"):
+        raise UsageError(f"--ray {address} is no address of a Ray cluster", "write --ray ray://HOST:10001")
+    if not job.model.trainable:
+        raise UsageError("an ONNX file is not trained, so that a cluster has nothing to do", "leave out --ray")
+    try:
+        import grpc  # noqa: F401  the client's own, which Ray imports too late to say that it is missing
+        import ray
+    except ModuleNotFoundError as missing:
+        raise UsageError(
+            f"--ray needs a package that is not installed: {missing.name}",
+            "install it with: python3 -m pip install 'edge-toolkit[ray]', or use --parallel N on this machine",
+        ) from missing
+    with tempfile.TemporaryDirectory() as folder:
+        stage(job, Path(folder))
+        try:
+            with silenced():
+                ray.init(
+                    address,
+                    runtime_env={"working_dir": folder},
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+        except Exception as error:  # Ray's own are of many kinds
+            ray.shutdown()
+            raise StageError(
+                f"no connection to the Ray cluster at {address}: {_sentence(error)}",
+                "look whether it runs (ray status there) and the port of its client server can be reached, "
+                "or leave out --ray",
+            ) from error
+    try:
+        yield functools.partial(_make, share(ray.nodes(), parallel))
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, ImportError):
+            raise
+        raise StageError(
+            f"the Ray cluster at {address} failed: {_sentence(cause or error)}",
+            "its machines need this toolkit's Python packages; the same command continues",
+        ) from error
+    except ConnectionError as error:
+        raise StageError(
+            f"the connection to the Ray cluster at {address} was lost: {_sentence(error)}",
+            "the same command continues",
+        ) from error
+    finally:
+        ray.shutdown()
+
+
+def stage(job: Job, folder: Path) -> None:
+    """Lay what Ray brings to every machine into a folder: this code, the user's modules, checkpoints."""
+    here = Path.cwd()
+    package = Path(toolkit.__file__).parent
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for role, model in (("model", job.model), ("teacher", job.teacher)):
+        if model is None:
+            continue
+        if model.source == "factory":
+            for path in compression.sources.files_of(model):
+                if path.is_relative_to(here):
+                    there = folder / path.relative_to(here)
+                    there.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, there)
+        if model.weights not in (None, TORCHVISION):
+            shutil.copyfile(str(model.weights), folder / _checkpoint(role, model))
+
+
+def there(job: Job) -> Job:
+    """Return a job as a machine of the cluster gets it: its paths are those of :func:`stage`."""
+    content = compression.data.fingerprint(job.data, job.build / "store" / ".index", remember=True).get("content")
+    teacher = job.teacher and _moved("teacher", job.teacher)
+    data = job.data.model_copy(update={"content": content})
+    return replace(job, data=data, model=_moved("model", job.model), teacher=teacher)
+
+
+def run(job: Job, until: str, known: Mapping[Key, Any], searches: Mapping[str, bytes]) -> Sent:
+    """Make the networks of a job on a machine of the cluster.
+
+    Args:
+        job: From :func:`there`.
+        until: The stage to end with.
+        known: Tar files of artifacts that are there already, as references into Ray's object store: what this
+            machine has from an earlier time is not fetched.
+        searches: Likewise of the pruners' searches, by file name.
+    """
+    import ray
+
+    def fetch(content: Any, out: Path) -> None:
+        _unpack(ray.get(content), out)
+
+    job = replace(job, build=Path.home() / ".cache" / "edge-toolkit")
+    store = Store(job.build / "store")
+    with store.in_use():
+        for (stage, key), content in known.items():
+            store.receive(stage, key, functools.partial(fetch, content))
+        _write(searches, store)
+    became = workers.compress(job, until)
+    found = found_of(job, until)
+    made = {name: _pack(artifact.path) for name, artifact in found.items() if name not in known}
+    return Sent(became, made, _searches(found, store))
+
+
+def found_of(job: Job, until: str) -> dict[Key, Artifact]:
+    """Return the artifacts of a job's networks that are in its store."""
+    planner = Planner(Store(job.build / "store"), Console(quiet=True), until, fast=job.fast)
+    with silenced(), contextlib.suppress(Reached, ToolkitError):
+        networks.compress(job, planner)
+    return {(artifact.stage, artifact.key): artifact for artifact in planner.artifacts.values()}
+
+
+def _make(share: Mapping[str, float], jobs: Sequence[Job], until: str) -> Iterator[tuple[int, str]]:
+    import ray
+
+    task = ray.remote(run).options(**share)
+    contents: dict[Key, Any] = {}
+    pending: dict[Any, int] = {}
+    try:
+        for index, job in enumerate(jobs):
+            found = found_of(job, until)
+            if until in {stage for stage, _ in found}:
+                yield index, "made"
+                continue
+            for name, artifact in found.items():
+                if name not in contents:
+                    contents[name] = ray.put(_pack(artifact.path))
+            known = {name: contents[name] for name in found}
+            searches = _searches(found, Store(job.build / "store"))
+            pending[task.remote(there(job), until, known, searches)] = index
+        while pending:
+            (done, *_), _ = ray.wait(list(pending))
+            sent: Sent = ray.get(done)
+            index = pending.pop(done)
+            _take(sent, jobs[index])
+            yield index, sent.became
+    except BaseException:
+        for waiting in pending:
+            ray.cancel(waiting, force=True)
+        raise
+
+
+def _take(sent: Sent, job: Job) -> None:
+    """Take what has come from the cluster into this machine's store."""
+    store = Store(job.build / "store")
+    with disk_errors(store.root, "what the cluster has made"), store.in_use():
+        for (stage, key), content in sent.folders.items():
+            try:
+                store.receive(stage, key, functools.partial(_unpack, content))
+            except DamagedError as damage:
+                raise StageError(f"not whole from the cluster: {damage}", "the same command again") from damage
+        _write(sent.searches, store)
+
+
+def share(nodes: Sequence[Mapping[str, Any]], parallel: int) -> dict[str, float]:
+    """Return what one of so many networks on each machine may use, so that it fits on every one that computes."""
+    resources = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
+    gpus = min((some["GPU"] for some in resources if some.get("GPU")), default=0) / parallel
+    cores = min((some["CPU"] for some in resources), default=1)
+    return {"num_cpus": max(1, cores // parallel), "num_gpus": gpus // 1 if gpus > 1 else gpus}
+
+
+def _checkpoint(role: str, model: Model) -> str:
+    return f"{role}-{Path(str(model.weights)).name}"
+
+
+def _moved(role: str, model: Model) -> Model:
+    if model.weights in (None, TORCHVISION):
+        return model
+    return model.model_copy(update={"weights": _checkpoint(role, model)})
+
+
+def _pack(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.add(folder, ".")
+    return buffer.getvalue()
+
+
+def _unpack(content: bytes, folder: Path) -> None:
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        archive.extractall(folder, filter="data")
+
+
+def _searches(found: Mapping[Key, Artifact], store: Store) -> dict[str, bytes]:
+    """Return what the searches have found out of the baseline among these artifacts, by file name."""
+    digests = [artifact.digest for (stage, _), artifact in found.items() if stage == "train"]
+    paths = [path for digest in digests for path in store.searches.glob(f"{digest[:16]}-*.pth")]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def _write(searches: Mapping[str, bytes], store: Store) -> None:
+    for name, content in searches.items():
+        if not (store.searches / name).exists():
+            store.searches.mkdir(exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=store.searches, delete=False) as file:
+                file.write(content)
+            Path(file.name).replace(store.searches / name)
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what Ray says, on one line and without the traceback that it may bring."""
+    text = str(error).partition("Traceback")[0].strip() or type(error).__name__
+    return " ".join(text.split()).rstrip(".")

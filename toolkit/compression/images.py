@@ -1,0 +1,108 @@
+"""Images on the device that computes, and what a network says of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from toolkit.compression import data as datasets
+from toolkit.compression import distributed
+from toolkit.config import Recipe
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where the arithmetic is done, and in what."""
+
+    device: torch.device
+    bf16: bool
+
+    @classmethod
+    def find(cls) -> Hardware:
+        """Use CUDA where there is one; bf16 where the hardware computes in it."""
+        if torch.cuda.is_available():
+            return cls(torch.device("cuda"), torch.cuda.is_bf16_supported(including_emulation=False))
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return cls(torch.device("cpu"), bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute in bf16 where the hardware has it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Move a network here, in the memory layout that convolutions are fastest in."""
+        return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+class Images:
+    """One split on the device: uint8 images, labels, and the way from the one to a network's input.
+
+    Args:
+        split: Images ``(N, 3, S, S)`` uint8 and labels ``(N,)``.
+        meta: Of the ``data`` artifact; ``mean`` and ``std`` a channel, on a scale of 0 to 1.
+        hardware: Where to keep them.
+    """
+
+    def __init__(self, split: datasets.Split, meta: dict[str, Any], hardware: Hardware) -> None:
+        self.images = torch.from_numpy(np.array(split.images)).to(hardware.device)
+        self.labels = torch.from_numpy(np.array(split.labels)).to(hardware.device)
+        self.mean = 255 * torch.tensor(meta["mean"], device=hardware.device).view(3, 1, 1)
+        self.scale = 1 / (255 * torch.tensor(meta["std"], device=hardware.device).view(3, 1, 1))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def normalise(self, batch: Tensor) -> Tensor:
+        """Turn uint8 ``(B, 3, S, S)`` into the float32 input of a network."""
+        return ((batch.float() - self.mean) * self.scale).contiguous(memory_format=torch.channels_last)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images in order, as network input, with their labels."""
+        for start in range(0, len(self), size):
+            yield self.normalise(self.images[start : start + size]), self.labels[start : start + size]
+
+    def evaluation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images in order, in batches of a size that inference is fast at."""
+        return self.batches(1024 if self.images.is_cuda else 128)
+
+    def augmented(self, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield one epoch of shuffled, randomly cropped and flipped batches; the last one may be smaller.
+
+        Of more images than the recipe has an epoch see, each epoch draws its own.
+        All random numbers are drawn and moved to the device before the first batch, so that none waits for them.
+        """
+        count, size, pad = recipe.images_per_epoch(len(self)), self.images.shape[-1], recipe.crop
+        order = torch.randperm(len(self), generator=generator)[:count]
+        shift = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
+        flipped = torch.rand(count, 1, generator=generator) < (0.5 if recipe.flip else 0.0)
+        pixels = torch.arange(size)
+        rows = pixels + shift[0]
+        columns = torch.where(flipped, size - 1 - pixels, pixels) + shift[1]
+        order, rows, columns = (part.to(self.images.device) for part in (order, rows, columns))
+        padded = F.pad(self.images, (pad, pad, pad, pad))
+        for start in range(0, count, recipe.batch):
+            batch = distributed.share(slice(start, min(count, start + recipe.batch)))
+            indices = order[batch]
+            if len(indices) < 2:  # batch norm has no variance of one image
+                continue
+            pixel = padded[indices[:, None, None], :, rows[batch, :, None], columns[batch, None, :]]
+            yield self.normalise(pixel.permute(0, 3, 1, 2)), self.labels[indices]
+
+
+@torch.no_grad()
+def predict(network: nn.Module, images: Images) -> Tensor:
+    """Return logits ``(N, classes)`` of all images, in order; computes in the surrounding autocast, if any."""
+    network.eval()
+    return torch.cat([network(inputs) for inputs, _ in images.evaluation()])
+
+
+def accuracy(logits: Tensor, images: Images) -> float:
+    """Return the top-1 accuracy (0 to 1) of logits ``(N, classes)``."""
+    return (logits.argmax(1) == images.labels).sum().item() / len(images)

@@ -1,0 +1,261 @@
+"""A sweep: every candidate measured on the device, recorded, and the recommended one made current if asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from toolkit import candidates, networks, pipeline, runs, units, workers
+from toolkit.candidates import Axes, Candidate, LeftOut
+from toolkit.console import Console
+from toolkit.delivery import upkeep
+from toolkit.devices.agent import Agent
+from toolkit.errors import StageError, UsageError, disk_errors
+from toolkit.job import Job
+from toolkit.report import comparison, recorded, vega
+from toolkit.report.document import FORMAT as RUN_FORMAT
+from toolkit.runs import Outcome
+from toolkit.stages import Reached, Runner, silenced
+from toolkit.store import Store, write_json
+from toolkit.workers import Make
+
+FORMAT = 1  # raised when a reader of older documents would go wrong
+SCHEMA = Path(__file__).parent / "report" / "sweep.schema.json"
+_A_CANDIDATE = frozenset({"build", "bench", "compare", "report"})  # stages that no two candidates share
+
+
+def execute(
+    job: Job,
+    axes: Axes,
+    console: Console,
+    rerun: frozenset[str] = frozenset(),
+    parallel: int = 1,
+    *,
+    commit: bool = False,
+    halving: bool = False,
+    ray: str | None = None,
+) -> Outcome:
+    """Measure every candidate on the device and say which to ship; recorded below ``BUILD/sweeps``.
+
+    Each one is a run of its own up to its page: delivered, measured and judged, not current. What is there is
+    reused, so that the same command goes on where it was interrupted.
+
+    Args:
+        job: What the candidates share.
+        axes: What they differ in.
+        console: Who is told of progress.
+        rerun: Stages to make anew.
+        parallel: How many networks are made at a time, by each machine of a cluster; the device measures one after
+            the other in any case.
+        commit: Whether the recommended one becomes current.
+        halving: Whether the worse half of each budget's networks is dropped after a quarter of the fine-tuning.
+        ray: Address of the Ray cluster that makes the networks; None for this machine.
+
+    Returns:
+        The sweep's document, and the exit code: 0 when a candidate keeps the contract and, if that was asked for,
+        has become current.
+
+    Raises:
+        UsageError: No candidate can be, or a fleet is meant.
+        StageError: The cluster cannot be reached.
+    """
+    if job.target.fleet:
+        raise UsageError("candidates are measured on one device, and a fleet is meant", "give --host")
+    if halving and len(set(axes.pruners)) < 2:
+        raise UsageError("--halving compares pruners at the same budget, and there is one", "give --pruner several")
+    if shared := rerun - _A_CANDIDATE:
+        raise UsageError(
+            f"candidates share the stage '{min(shared)}', so that each would make it anew",
+            f"toolkit run {job.target.name} --rerun {min(shared)}, then this again without",
+        )
+    store = Store(job.build / "store")
+    with _workers(job, parallel, ray) as make:
+        with store.in_use(), silenced():
+            found, left_out = candidates.lay_out(job, axes, Runner(store, console, "check", fast=job.fast))
+        for one in left_out if found else left_out[1:]:
+            console.warn(str(one))
+        if not found:
+            raise UsageError(f"{left_out[0].label}: {left_out[0].reason}", left_out[0].hint)
+        if halving:
+            _prepare([replace(one, job=_shortened(one.job)) for one in found], make, console, "finetune")
+            found, worse = candidates.halve(found, lambda one: _score(one, console))
+            left_out += worse
+            for dropped in worse:
+                console.warn(str(dropped))
+        _prepare(found, make, console)
+    measured, brief = [], Console(quiet=console.quiet, brief=True)
+    for number, candidate in enumerate(found, 1):
+        console.say(f"candidate {number} of {len(found)}: {candidate.label}")
+        outcome = runs.execute(candidate.job, "report", brief, rerun)
+        if outcome.error:
+            console.warn(f"{candidate.label}: {outcome.error.message}")
+        measured.append((candidate, outcome.document))
+    return _conclude(job, measured, left_out, console, commit=commit)
+
+
+def _shortened(job: Job) -> Job:
+    """Return a job with a quarter of its fine-tuning."""
+    epochs = max(1, job.recipe.finetune_epochs // 4)
+    return job.trained_by(job.recipe.model_copy(update={"finetune_epochs": epochs}))
+
+
+def _score(candidate: Candidate, console: Console) -> float:
+    """Return the validation accuracy of a candidate's network after a quarter of its fine-tuning."""
+    job = _shortened(candidate.job)
+    store = Store(job.build / "store")
+    stages = Runner(store, Console(quiet=console.quiet, brief=True), "finetune", fast=job.fast)
+    with store.in_use(), silenced(), contextlib.suppress(Reached):
+        networks.compress(job, stages)
+    accuracy: float = stages.artifacts["finetune"].meta["history"][-1]["val"]
+    console.say(f"{candidate.label}: validation {accuracy:.2%} after {job.recipe.finetune_epochs} epochs")
+    return accuracy
+
+
+def _workers(job: Job, parallel: int, ray: str | None) -> contextlib.AbstractContextManager[Make | None]:
+    """Return what makes several networks at a time; None where each is made by its candidate's own run."""
+    if ray is not None:
+        from toolkit import cluster
+
+        return cluster.connected(ray, parallel, job)
+    return contextlib.nullcontext() if parallel == 1 else workers.processes(parallel)
+
+
+def _prepare(found: Sequence[Candidate], make: Make | None, console: Console, until: str = "reference") -> None:
+    """Make the networks of candidates; first what several share, a pruner at a time: the training, its search.
+
+    Whatever keeps one from being made is said by that candidate's own run.
+    """
+    if make is None:
+        return
+    begun = time.monotonic()
+    for first in {one.job.profile.pruner: one for one in reversed(found)}.values():
+        for _ in make([first.job], "prune"):
+            pass
+    several = list({(one.job.profile.pruner, str(one.job.budget)): one for one in reversed(found)}.values())
+    for index, became in make([one.job for one in several], until):
+        seconds = time.monotonic() - begun
+        console.say(f"networks of {several[index].label} {became} after {units.duration(seconds)}")
+
+
+def _conclude(
+    job: Job,
+    measured: Sequence[tuple[Candidate, dict[str, Any]]],
+    left_out: Sequence[LeftOut],
+    console: Console,
+    *,
+    commit: bool,
+) -> Outcome:
+    """Choose, make current if that was asked for, and write the document and its page."""
+    name = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{job.target.name}-{secrets.token_hex(2)}"
+    folder = job.build / "sweeps" / name
+    store = Store(job.build / "store")
+    with disk_errors(job.build, "the sweep's record"), store.in_use():
+        entries = [
+            comparison.Entry(candidate.label, document, recorded.artifact(store, document, "bench"))
+            for candidate, document in measured
+            if document["bench"]
+        ]
+        rows = {row["label"]: row for row in comparison.tabulate(entries)}
+        told = [_told(candidate, document, rows.get(candidate.label)) for candidate, document in measured]
+        recommended, why = candidates.choose(told)
+        current = _current(job)
+        incumbent = None if current in [one["release"] for one in told] else _recorded(job, store, current)
+        outcome = None
+        if commit and recommended is not None:
+            best = next(candidate for candidate, _ in measured if candidate.label == recommended)
+            console.say(f"recommended: {recommended}")
+            outcome = runs.execute(best.job, "commit", Console(quiet=console.quiet, brief=True))
+        record = {
+            "format": FORMAT,
+            "sweep": name,
+            "target": job.target.name,
+            "profile": job.profile.name,
+            "workload": {"model": str(job.model), "data": str(job.data), "seed": job.seed},
+            "fast": job.fast,
+            "candidates": told,
+            "left_out": [vars(one) for one in left_out],
+            "current": current,
+            "incumbent": incumbent and incumbent.document["run"],
+            "recommended": recommended,
+            "why": why,
+            "commit": outcome and outcome.document["commit"],
+            "report": None,
+        }
+        folder.mkdir(parents=True)
+        if entries:
+            by_release = {one["label"]: one["release"] for one in told}
+            shown = [
+                replace(entry, recommended=entry.label == recommended, current=by_release[entry.label] == current)
+                for entry in entries
+            ]
+            if incumbent is not None:
+                shown.append(incumbent)
+            lead = f"Recommended: {recommended}, {why}" if recommended else why
+            notes = [*map(str, left_out), *_failures(told)]
+            title = f"{job.model} on {job.target.name}: {len(told)} candidates"
+            page = comparison.html(title, shown, notes, vega.library(store.root / ".vega"), lead)
+            record["report"] = str(folder / "report.html")
+            (folder / "report.html").write_text(page, encoding="utf-8")
+        write_json(folder / "sweep.json", record)
+    error = outcome.error if outcome else None
+    exit_code = outcome.exit_code if outcome else 0 if recommended else 1
+    return Outcome(record, error, exit_code)
+
+
+def _told(candidate: Candidate, document: Mapping[str, Any], row: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a sweep's document says of a candidate."""
+    job = candidate.job
+    return {
+        "label": candidate.label,
+        "budget": document["budget"],
+        "precision": job.precision,
+        "pruner": job.profile.pruner if job.model.trainable else None,
+        "runtime": job.target.runtime,
+        "run": document["run"],
+        "release": _release(document),
+        "verdict": document["verdict"] and document["verdict"]["status"],
+        "p50": row and row["p50"],
+        "accuracy": row and row["accuracy"],
+        "accuracy_low": row and row["low"],
+        "accuracy_high": row and row["high"],
+        "flops": document["model"]["final"] and document["model"]["final"]["flops"],
+        "engine_bytes": document["engine"] and document["engine"]["bytes"],
+        "front": bool(row and row["front"]),
+        "error": document["error"],
+    }
+
+
+def _failures(told: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [f"{one['label']} was not measured: {one['error']['message']}" for one in told if one["error"]]
+
+
+def _release(document: Mapping[str, Any]) -> str | None:
+    """Return the release that a run has pushed."""
+    pushed = [stage["artifact"] for stage in document["stages"] if stage["name"] == "push"]
+    return pushed[-1] if pushed else None
+
+
+def _current(job: Job) -> str | None:
+    """Return the release that the device runs."""
+    installed = upkeep.listed(Agent(pipeline.destination(job).device))
+    return next((release.id for release in installed if release.current), None)
+
+
+def _recorded(job: Job, store: Store, release: str | None) -> comparison.Entry | None:
+    """Return the newest run of the same data that has measured a release, if it is still there."""
+    for path in sorted((job.build / "runs").glob("*/run.json"), reverse=True):
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != RUN_FORMAT or document["target"] != job.target.name or not document["bench"]:
+            continue
+        if _release(document) == release and document["workload"]["data"] == str(job.data):
+            with contextlib.suppress(StageError):  # gc has removed what was measured
+                bench = recorded.artifact(store, document, "bench")
+                return comparison.Entry("current release", document, bench, current=True)
+    return None

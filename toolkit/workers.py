@@ -1,0 +1,85 @@
+"""Networks made several at a time, in processes of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from toolkit import networks
+from toolkit.console import Console
+from toolkit.errors import StageError, ToolkitError
+from toolkit.job import Job
+from toolkit.stages import Reached, Runner, silenced
+from toolkit.store import Store
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
+Make = Callable[[Sequence[Job], str], Iterator[tuple[int, str]]]
+"""Makes the networks of jobs up to a stage; yields each job's index, and what became of it, as they end."""
+
+
+def compress(job: Job, until: str) -> str:
+    """Make the networks of a job up to a stage, in a process of its own; returns what became of them."""
+    store = Store(job.build / "store")
+    with store.in_use(), silenced():
+        try:
+            networks.compress(job, Runner(store, Console(quiet=True), until, fast=job.fast))
+        except Reached:
+            pass
+        except ToolkitError as error:
+            return f"not made: {error.message}"
+    return "made"
+
+
+@contextmanager
+def processes(parallel: int) -> Iterator[Make]:
+    """Yield what makes so many networks at a time, each in a process with its share of the cores, and one GPU.
+
+    Processes, since trainings in one would share its random numbers.
+
+    Raises:
+        StageError: A process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    with ProcessPoolExecutor(parallel, context, start, (threads, context.Value("i", 0))) as pool:
+
+        def make(jobs: Sequence[Job], until: str) -> Iterator[tuple[int, str]]:
+            futures = {pool.submit(compress, job, until): index for index, job in enumerate(jobs)}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+        try:
+            yield make
+        except BrokenProcessPool as error:
+            raise StageError("a process that trains was killed", "--parallel 1, if memory was short") from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def start(threads: int, started: Synchronized[int]) -> None:
+    """Prepare a process: so many threads, the GPUs in turn, and Ctrl-C is left to the one that has started it.
+
+    Args:
+        threads: For each process.
+        started: How many were started before.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(number % gpus)
