@@ -356,3 +356,14 @@ def test_the_terminal_picture_has_its_bulk_where_the_latencies_are() -> None:
     assert marks.index("p50") < marks.index("p99")
     assert marks.index("p99") - marks.index("p50") > 30
     assert picture(np.full(10, 0.5)) == "0.500 ms every time"
+
+
+def test_a_run_that_lost_too_much_accuracy_names_the_nearest_that_did_not(tmp_path: Path) -> None:
+    document = Measured(tmp_path).run("20261121T120000-host-cpu-0a1b", samples=2000)
+    assert recorded.nearest(tmp_path, document) is None
+    (line,) = (line for line in document["verdict"]["lines"] if line["what"] == "accuracy drop")
+    line |= {"status": "failed", "passed": False}
+    assert "is 60% (run 20261121T120000-host-cpu-0a1b)" in str(recorded.nearest(tmp_path, document))
+    assert "no budget" in str(recorded.nearest(tmp_path, document | {"workload": {"seed": 7}}))
+    (tmp_path / "runs" / document["run"] / "run.json").write_text(json.dumps(document))
+    assert "toolkit sweep host-cpu" in str(recorded.nearest(tmp_path, document))

@@ -36,6 +36,11 @@ def _go(until: str, options: dict[str, Any], goal: str | None = None) -> None:
         print_json(outcome.document)
     elif text := terminal.summary(outcome.document, outcome.picture):
         click.echo(text)
+        if outcome.exit_code == 1:
+            from toolkit.report import recorded
+
+            if said := recorded.nearest(job.build, outcome.document):
+                click.echo(f"accuracy  {said}")
     if outcome.error:
         tell(outcome.error)
     if options["github"] and (text := ci.github(outcome.document)):

@@ -24,7 +24,8 @@ from toolkit.store import write_json
 log = logging.getLogger(__name__)
 
 _STEPS = 5  # measured of each kind, after one that warms up
-_WORTH_A_TRY = 120.0  # seconds of training; ResNet20 takes 25 s to compile and 3/4 of the time then, on 2 cores
+# seconds of training; ResNet20 takes 25 to 50 s to compile on 2 cores, and 3/4 or more of a step then
+_WORTH_A_TRY = 600.0
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,42 @@ def find(build: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     return documents
 
 
+def nearest(build: Path, document: Mapping[str, Any]) -> str | None:
+    """Return a sentence on the smallest network recorded that is as accurate as a run's contract asks for.
+
+    Args:
+        build: Folder of runs and artifacts.
+        document: Of the run.
+
+    Returns:
+        None where that run lost no more accuracy than it may, or was not pruned to a budget.
+    """
+    if document["budget"] is None or not _too_much_lost(document):
+        return None
+    alike = ("format", "target", "profile", "workload", "fast")
+    others = (json.loads(path.read_text(encoding="utf-8")) for path in (build / "runs").glob("*/run.json"))
+    keeping = [
+        other
+        for other in others
+        if all(other.get(key) == document[key] for key in alike)
+        and other["verdict"]
+        and other["engine"]["precision"] == document["engine"]["precision"]
+        and not _too_much_lost(other)
+    ]
+    if not keeping:
+        return (
+            f"no budget that was measured here keeps enough of it; toolkit sweep {document['target']} "
+            "--flops 90%,80%,70% measures several"
+        )
+    best = min(keeping, key=lambda other: other["model"]["final"]["flops"])
+    return f"the nearest budget here that kept enough of it is {best['budget']} (run {best['run']})"
+
+
+def _too_much_lost(document: Mapping[str, Any]) -> bool:
+    lines = document["verdict"]["lines"] if document["verdict"] else []
+    return any(line["what"] in ("accuracy", "accuracy drop") and line["status"] == "failed" for line in lines)
+
+
 def write(build: Path, documents: Sequence[Mapping[str, Any]], out: Path | None) -> Path:
     """Write the page of a run again, or a page that compares several, or the devices of a fleet's run.
 
