@@ -90,7 +90,7 @@ def test_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from toolkit import runs
     from toolkit.cli import cli
 
-    document = RUN | {"fast": False, "commit": None, "report": None}
+    document = RUN | {"fast": False, "budget": None, "commit": None, "report": None}
     monkeypatch.setattr(runs, "execute", lambda *a, **k: runs.Outcome(document, None, 1))
     file = tmp_path / "new" / "junit.xml"
     done = CliRunner().invoke(cli, ["bench", "host-cpu", "--junit", str(file), "--github", "--json", "-q"])
