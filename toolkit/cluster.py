@@ -154,7 +154,7 @@ def run(job: Job, until: str, known: Mapping[Key, Any], searches: Mapping[str, b
         for (stage, key), content in known.items():
             store.receive(stage, key, functools.partial(fetch, content))
         _write(searches, store)
-    became = workers.compress(job, until)
+    became = workers.compress(job, until, Console(quiet=True))
     found = found_of(job, until)
     made = {name: _pack(artifact.path) for name, artifact in found.items() if name not in known}
     return Sent(became, made, _searches(found, store))

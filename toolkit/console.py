@@ -21,14 +21,14 @@ class Console:
     Args:
         quiet: Show warnings only.
         brief: Leave out stages that had nothing to do.
+        about: What its stages are of, where several write to one terminal; leaves such stages out, too.
     """
 
-    brief = False
-
-    def __init__(self, *, quiet: bool = False, brief: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, brief: bool = False, about: str = "") -> None:
         self.quiet = quiet
-        self.brief = brief
-        self.live = sys.stderr.isatty() and not quiet
+        self.brief = brief or bool(about)
+        self.about = f"{about}: " if about else ""
+        self.live = sys.stderr.isatty() and not quiet and not about
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -37,11 +37,11 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Print a warning, also when quiet."""
-        click.echo(click.style("warning: ", fg="yellow") + text, err=True)
+        click.echo(click.style("warning: ", fg="yellow") + self.about + text, err=True)
 
     def stage(self, name: str, text: str) -> None:
         """Print what became of a stage."""
-        self.say(f"{click.style(f'{name:<9}', bold=True)} {text}")
+        self.say(f"{self.about}{click.style(f'{name:<9}', bold=True)} {text}")
 
     @contextmanager
     def progress(self, name: str) -> Iterator[Progress]:

@@ -36,7 +36,7 @@ def execute(
     axes: Axes,
     console: Console,
     rerun: frozenset[str] = frozenset(),
-    parallel: int = 1,
+    parallel: int | None = None,
     *,
     commit: bool = False,
     halving: bool = False,
@@ -53,7 +53,7 @@ def execute(
         console: Who is told of progress.
         rerun: Stages to make anew.
         parallel: How many networks are made at a time, by each machine of a cluster; the device measures one after
-            the other in any case.
+            the other in any case. None for as many as this machine has GPUs or cores for, and one on a cluster's.
         commit: Whether the recommended one becomes current.
         halving: Whether the worse half of each budget's networks is dropped after a quarter of the fine-tuning.
         ray: Address of the Ray cluster that makes the networks; None for this machine.
@@ -76,7 +76,7 @@ def execute(
             f"toolkit run {job.target.name} --rerun {min(shared)}, then this again without",
         )
     store = Store(job.build / "store")
-    with _workers(job, parallel, ray) as make:
+    with _workers(job, axes, parallel, ray, console) as make:
         with store.in_use(), silenced():
             found, left_out = candidates.lay_out(job, axes, Runner(store, console, "check", fast=job.fast))
         for one in left_out if found else left_out[1:]:
@@ -118,13 +118,17 @@ def _score(candidate: Candidate, console: Console) -> float:
     return accuracy
 
 
-def _workers(job: Job, parallel: int, ray: str | None) -> contextlib.AbstractContextManager[Make | None]:
+def _workers(
+    job: Job, axes: Axes, parallel: int | None, ray: str | None, console: Console
+) -> contextlib.AbstractContextManager[Make | None]:
     """Return what makes several networks at a time; None where each is made by its candidate's own run."""
     if ray is not None:
         from toolkit import cluster
 
-        return cluster.connected(ray, parallel, job)
-    return contextlib.nullcontext() if parallel == 1 else workers.processes(parallel)
+        return cluster.connected(ray, parallel or 1, job)
+    several = len(set(axes.budgets)) * len(set(axes.pruners)) if job.model.trainable else 1
+    parallel = min(several, parallel or workers.fitting())
+    return contextlib.nullcontext() if parallel == 1 else workers.processes(parallel, console)
 
 
 def _prepare(found: Sequence[Candidate], make: Make | None, console: Console, until: str = "reference") -> None:

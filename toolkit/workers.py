@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit import networks
@@ -21,16 +22,18 @@ from toolkit.store import Store
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
 
+_MEMORY = 4e9  # bytes that a training on the CPU may take; ResNet20 on CIFAR-10 takes 1.7e9
+
 Make = Callable[[Sequence[Job], str], Iterator[tuple[int, str]]]
 """Makes the networks of jobs up to a stage; yields each job's index, and what became of it, as they end."""
 
 
-def compress(job: Job, until: str) -> str:
-    """Make the networks of a job up to a stage, in a process of its own; returns what became of them."""
+def compress(job: Job, until: str, console: Console) -> str:
+    """Make the networks of a job up to a stage; returns what became of them."""
     store = Store(job.build / "store")
     with store.in_use(), silenced():
         try:
-            networks.compress(job, Runner(store, Console(quiet=True), until, fast=job.fast))
+            networks.compress(job, Runner(store, console, until, fast=job.fast))
         except Reached:
             pass
         except ToolkitError as error:
@@ -38,11 +41,24 @@ def compress(job: Job, until: str) -> str:
     return "made"
 
 
+def fitting() -> int:
+    """Return how many networks this machine can make at a time: one a GPU, else one a core that has memory."""
+    import torch
+
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(memory["MemAvailable"].split()[0]) * 1024
+    return torch.cuda.device_count() or max(1, min(os.cpu_count() or 1, int(available / _MEMORY)))
+
+
 @contextmanager
-def processes(parallel: int) -> Iterator[Make]:
+def processes(parallel: int, console: Console) -> Iterator[Make]:
     """Yield what makes so many networks at a time, each in a process with its share of the cores, and one GPU.
 
-    Processes, since trainings in one would share its random numbers.
+    Processes, since trainings in one would share its random numbers. A network alone is made in this one.
+
+    Args:
+        parallel: How many.
+        console: Who is told how far each is.
 
     Raises:
         StageError: A process was killed.
@@ -52,7 +68,13 @@ def processes(parallel: int) -> Iterator[Make]:
     with ProcessPoolExecutor(parallel, context, start, (threads, context.Value("i", 0))) as pool:
 
         def make(jobs: Sequence[Job], until: str) -> Iterator[tuple[int, str]]:
-            futures = {pool.submit(compress, job, until): index for index, job in enumerate(jobs)}
+            if len(jobs) == 1:
+                yield 0, compress(jobs[0], until, console)
+                return
+            futures = {}
+            for index, job in enumerate(jobs):
+                about = Console(quiet=console.quiet, about=f"{job.budget} {job.profile.pruner}")
+                futures[pool.submit(compress, job, until, about)] = index
             for future in as_completed(futures):
                 yield futures[future], future.result()
 

@@ -69,8 +69,8 @@ _WHERE = (
     host,
     click.option("--hosts", metavar="A,B,C", help="These hosts, whatever the target file says."),
     click.option("--group", help="The hosts of this group of the target file."),
-    click.option("--parallel", type=click.IntRange(1), default=8, show_default=True, metavar="N",
-                 help="How many hosts, in a sweep networks, are at work at a time."),
+    click.option("--parallel", type=click.IntRange(1), default=8, metavar="N",
+                 help="How many hosts (8), in a sweep networks (as many as GPUs or cores), are at work at a time."),
     click.option("--accept-new-host-key", is_flag=True, help="Trust a host key that nobody knows yet."),
 )  # fmt: skip
 

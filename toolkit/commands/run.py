@@ -79,7 +79,7 @@ def run(until: str | None, **options: Any) -> None:
                 raise click.UsageError(
                     f"--{name.replace('_', '-')} does not go with 'auto', which measures several"
                 )
-        sweep.go(options, 1, commit=True)
+        sweep.go(options, None, commit=True)
     if until == "latency" and options["flops"]:
         raise click.UsageError("--until latency finds the budget itself; leave out --flops")
     _go("commit", options, until)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from toolkit.commands.options import job_from, run_options
 
 
 def go(
-    options: dict[str, Any], parallel: int, *, commit: bool, halving: bool = False, ray: str | None = None
+    options: dict[str, Any], parallel: int | None, *, commit: bool, halving: bool = False, ray: str | None = None
 ) -> NoReturn:
     """Sweep what the options ask for, print what was found, and leave."""
     from toolkit import candidates, config, engines, sweep
@@ -53,7 +54,7 @@ def _words(text: str | None, default: Any, auto: Any) -> list[Any]:
     return [one for word in words for one in (auto() if word == "auto" else [word])]
 
 
-@click.command(context_settings={"default_map": {"parallel": 1}})
+@click.command()
 @run_options
 @click.option("--halving", is_flag=True, help="Drop a budget's worse networks after a quarter of the fine-tuning.")
 @click.option("--commit", is_flag=True, help="Make the recommended one the device's current release.")
@@ -62,11 +63,15 @@ def _words(text: str | None, default: Any, auto: Any) -> list[Any]:
     metavar="ADDRESS",
     help="Make the networks on the Ray cluster there (ray://HOST:10001), not on this machine.",
 )
-def sweep(parallel: int, commit: bool, halving: bool, ray: str | None, **options: Any) -> None:
+@click.pass_context
+def sweep(
+    context: click.Context, /, parallel: int, commit: bool, halving: bool, ray: str | None, **options: Any
+) -> None:
     """Measure many candidates for TARGET on its device, and say which to ship.
 
     --flops, --pruner, --precision and --runtime take lists (75%,60%,45%); every combination is a candidate.
     They share the training and the search; each is built, delivered, measured and held against the contract,
     and nothing becomes current without --commit. Exits with 0 when one of them keeps the contract.
     """
-    go(options, parallel, commit=commit, halving=halving, ray=ray)
+    given = context.get_parameter_source("parallel") is ParameterSource.COMMANDLINE
+    go(options, parallel if given else None, commit=commit, halving=halving, ray=ray)
