@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 from toolkit.compression import data as datasets
 from toolkit.compression import distributed
 from toolkit.config import Recipe
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Hardware:
         """Use CUDA where there is one; bf16 where the hardware computes in it."""
         if torch.cuda.is_available():
             return cls(torch.device("cuda"), torch.cuda.is_bf16_supported(including_emulation=False))
+        _keep_freed_memory()
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return cls(torch.device("cpu"), bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
@@ -39,6 +43,18 @@ class Hardware:
     def place(self, network: nn.Module) -> nn.Module:
         """Move a network here, in the memory layout that convolutions are fastest in."""
         return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep what PyTorch frees, where it is GNU's.
+
+    Every step of a training frees all its activations. By default they go back to the kernel, and to get them
+    again, page by page, takes up to a third of a step where several threads wait (benchmarks/allocation.py).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 class Images:
