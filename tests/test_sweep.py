@@ -126,6 +126,22 @@ def test_of_each_budget_the_worse_half_is_dropped(tmp_path: Path) -> None:
     assert reasons["40% int8 c"] == "it cannot follow the network"
 
 
+@pytest.mark.parametrize(("cores", "gpus", "networks"), [(1, 0, {1}), (64, 3, {3}), (2, 0, {1, 2})])
+def test_so_many_networks_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int, networks: set[int]
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert workers.fitting() in networks
+
+
+def test_memory_limits_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 10_000)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 1 <= workers.fitting() <= max(1, total / 4e9)
+
+
 def test_a_sweep_goes_on_where_it_was_interrupted_and_switches_nothing(finished_copy: Path) -> None:
     arguments = ["sweep", "tiny", "--flops", "80%,70%,10%", "--precision", "int8,fp32"]
     arguments += ["--parallel", "2", "--json"]
@@ -134,13 +150,16 @@ def test_a_sweep_goes_on_where_it_was_interrupted_and_switches_nothing(finished_
         cwd=finished_copy, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert begun.stderr
+    said = []
     for line in begun.stderr:
+        said.append(line)
         if line.startswith("candidate 2 of 4"):
             begun.send_signal(signal.SIGINT)
             break
     _, told = begun.communicate(timeout=300)
     assert begun.returncode == 130, told
     assert "the same command continues" in told
+    assert any("% fastnas: finetune" in line for line in said), "each tells how far it is"
 
     result = run_toolkit(finished_copy, *arguments)
     assert result.returncode == 0, result.stderr
