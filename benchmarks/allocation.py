@@ -22,7 +22,7 @@ def measure(threads: int, *, kept: bool, compiled: bool) -> None:
     from torch.nn import functional as F
 
     from toolkit.compression import images, models
-    from toolkit.config import Model
+    from toolkit.workload import Model
 
     if not kept:
         images._keep_freed_memory = lambda: None

@@ -32,7 +32,7 @@ def plain(folder: Path, seed: int) -> dict[str, float]:
     from torchvision.datasets import ImageFolder
 
     from toolkit.compression import fastnas, flops, models
-    from toolkit.config import Model
+    from toolkit.workload import Model
 
     torch.manual_seed(seed)
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

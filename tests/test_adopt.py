@@ -13,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from toolkit import adopt, onnxfile
 from toolkit.compression import data as datasets
 from toolkit.compression.quantization import quantize
-from toolkit.config import Data, Model, Normalization
 from toolkit.errors import StageError, UsageError
 from toolkit.graphs import run_onnx
 from toolkit.store import Artifact, Store
+from toolkit.workload import Data, Model, Normalization
 
 SIZE = 16
 IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225", None)

@@ -18,12 +18,13 @@ from toolkit.agent.ort import Session
 from toolkit.bench import attribution, reference
 from toolkit.bench.agreement import require_alike
 from toolkit.compression.quantization import quantize
-from toolkit.config import Data, Target
+from toolkit.config import Target
 from toolkit.console import Console
 from toolkit.errors import StageError
 from toolkit.job import Job
 from toolkit.stages import Runner
 from toolkit.store import Artifact, Store, Work
+from toolkit.workload import Data
 
 NAMES = ["a", "b", "c", "d"]
 NORMALISED = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

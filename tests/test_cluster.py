@@ -20,9 +20,9 @@ import pytest
 from tests.conftest import image_folder, run_toolkit
 from toolkit import cluster, files
 from toolkit.compression import data, sources
-from toolkit.config import Data, Model
 from toolkit.errors import UsageError
 from toolkit.job import Job
+from toolkit.workload import Data, Model
 
 needs_ray = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("ray", "grpc")), reason="Ray is not installed: extra 'ray'"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit import config, files
+from toolkit import config, files, workload
 from toolkit.errors import UsageError
 
 
@@ -90,13 +90,13 @@ def test_budget_resolves() -> None:
 @pytest.mark.parametrize("text", ["resnet21", "torchvision:", "a b:c", "mod:", "onnx:"])
 def test_unknown_model(text: str) -> None:
     with pytest.raises(UsageError, match="no model is called"):
-        config.Model.parse(text)
+        workload.Model.parse(text)
 
 
 @pytest.mark.parametrize("text", ["digit", "imagefolder", "imagefolder:", "cifar10:x", "inputs", "none:x"])
 def test_unknown_data(text: str) -> None:
     with pytest.raises(UsageError, match="no data set is called"):
-        config.Data.parse(text)
+        workload.Data.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_unknown_data(text: str) -> None:
 def test_a_range_is_a_mean_and_a_std(
     options: tuple[str | None, str | None, str | None], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
-    assert config.Normalization.parse(*options) == config.Normalization(mean=mean, std=std)
+    assert workload.Normalization.parse(*options) == workload.Normalization(mean=mean, std=std)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_range_is_a_mean_and_a_std(
 )
 def test_a_wrong_normalisation(options: tuple[str | None, str | None, str | None], message: str) -> None:
     with pytest.raises(UsageError, match=message) as error:
-        config.Normalization.parse(*options)
+        workload.Normalization.parse(*options)
     assert error.value.hint
 
 

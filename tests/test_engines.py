@@ -18,7 +18,7 @@ from toolkit import engines, export, graphs, pipeline
 from toolkit.agent import trt
 from toolkit.compression import calibration, models, quantization
 from toolkit.compression.spelling import spell
-from toolkit.config import Model, Precision, Target
+from toolkit.config import Precision, Target
 from toolkit.console import Console
 from toolkit.devices import Device
 from toolkit.devices.local import LocalDevice
@@ -26,6 +26,7 @@ from toolkit.engines import Order, places
 from toolkit.errors import StageError, UsageError
 from toolkit.stages import Runner
 from toolkit.store import Artifact, Store, Work
+from toolkit.workload import Model
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install 'edge-toolkit[rtx]'")
 

@@ -12,9 +12,9 @@ from toolkit import export
 from toolkit.compression import data as datasets
 from toolkit.compression import models
 from toolkit.compression.quantization import quantize
-from toolkit.config import Model
 from toolkit.errors import StageError
 from toolkit.store import Artifact, Store
+from toolkit.workload import Model
 
 Finished = tuple[Path, dict[str, Any]]
 

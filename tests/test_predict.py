@@ -30,11 +30,11 @@ from toolkit.agent.model import Model
 from toolkit.agent.protocol import Refusal
 from toolkit.agent.releases import FORMAT, digest, identity
 from toolkit.compression import data
-from toolkit.config import Data
 from toolkit.delivery import release as delivery
 from toolkit.devices.agent import Agent
 from toolkit.devices.local import LocalDevice
 from toolkit.store import Store
+from toolkit.workload import Data
 
 SERVER = Path(__file__).parents[1] / "examples" / "server.py"
 

@@ -49,7 +49,7 @@ def test_a_network_as_pytorch_exports_it_needs_its_normalisation(finished: Finis
     import torch
 
     from toolkit.compression import models
-    from toolkit.config import Model
+    from toolkit.workload import Model
 
     tuned = models.restore(Model.parse("resnet20"), 10, artifact(finished, "finetune") / "model.pth").eval()
     torch.onnx.export(tuned, (torch.zeros(1, 3, 32, 32),), str(job / "net.onnx"), opset_version=17, dynamo=False)

@@ -22,7 +22,7 @@ from toolkit.bench.products import products
 from toolkit.bench.staircase import multiple, staircase
 from toolkit.compression import calibration, flops, models
 from toolkit.compression.spelling import spell
-from toolkit.config import Model
+from toolkit.workload import Model
 
 AVX512 = {"vector_bits": 512, "gpus": []}
 Layers = list[dict[str, Any]]

@@ -23,13 +23,14 @@ from tests.test_report import browser, browser_only, drawn, opened  # noqa: F401
 from toolkit import files, runs, sweep, workers
 from toolkit.agent import facts
 from toolkit.candidates import Axes, Candidate, choose, halve, lay_out, runtimes_for
-from toolkit.config import Data, Flops, Model
+from toolkit.config import Flops
 from toolkit.console import Console
 from toolkit.errors import UsageError
 from toolkit.job import Job
 from toolkit.report import comparison, recorded, terminal, vega
 from toolkit.stages import Runner
 from toolkit.store import Store
+from toolkit.workload import Data, Model
 
 SCHEMA = json.loads(sweep.SCHEMA.read_text())
 

@@ -13,11 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 from toolkit import __version__
 from toolkit.compression import data as datasets
 from toolkit.compression.data import Images
-from toolkit.config import Model, Normalization
 from toolkit.errors import StageError, UsageError
 from toolkit.graphs import INPUT, OUTPUT, RELATIVE, Array, difference, run_onnx, top1
 from toolkit.onnxfile import IMAGE_TYPES, Source
 from toolkit.store import Artifact, Work
+from toolkit.workload import Model, Normalization
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
 _COMPARED_IMAGES = 256

@@ -20,13 +20,13 @@ from typing import Any
 
 import toolkit
 from toolkit import compression, networks, workers
-from toolkit.config import TORCHVISION, Model
 from toolkit.console import Console
 from toolkit.errors import StageError, ToolkitError, UsageError, disk_errors
 from toolkit.job import Job
 from toolkit.stages import Planner, Reached, silenced
 from toolkit.store import Artifact, DamagedError, Store
 from toolkit.workers import Make
+from toolkit.workload import TORCHVISION, Model
 
 Key = tuple[str, str]  # stage and key of an artifact
 

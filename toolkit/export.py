@@ -21,10 +21,10 @@ from toolkit import __version__
 from toolkit.compression import data as datasets
 from toolkit.compression import models, training
 from toolkit.compression.data import Images
-from toolkit.config import Model
 from toolkit.errors import StageError
 from toolkit.graphs import ABSOLUTE, INPUT, OUTPUT, RELATIVE, difference, run_onnx
 from toolkit.store import Artifact, Work
+from toolkit.workload import Model
 
 Value = TypeVar("Value")
 

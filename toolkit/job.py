@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from toolkit.config import Data, Flops, Gpus, Model, Precision, Profile, Recipe, Target
+from toolkit.config import Flops, Gpus, Precision, Profile, Recipe, Target
 from toolkit.delivery.lease import Claim
 from toolkit.errors import UsageError
+from toolkit.workload import Data, Model
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from toolkit.config import Model, Normalization, Precision
+from toolkit.config import Precision
 from toolkit.errors import UsageError
 from toolkit.store import canonical, sha256_file, sha256_text
+from toolkit.workload import Model, Normalization
 
 IMAGE_TYPES = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.UINT8: np.uint8}
 _LARGEST = 2**31 - 1  # a protobuf message ends there

@@ -11,9 +11,9 @@ from PIL import Image
 
 from tests.conftest import image_folder
 from toolkit.compression import data
-from toolkit.config import Data
 from toolkit.errors import StageError, UsageError
 from toolkit.store import Artifact, Store
+from toolkit.workload import Data
 
 COUNTS = {"train": {"dark": 20, "light": 30}, "test": {"dark": 4, "light": 6}}
 

@@ -15,9 +15,10 @@ from toolkit.compression import data as datasets
 from toolkit.compression import depgraph, flops, models, pruning, training
 from toolkit.compression.data import Split
 from toolkit.compression.images import Hardware, Images
-from toolkit.config import Data, Flops, Model, PrunerName, Recipe
+from toolkit.config import Flops, PrunerName, Recipe
 from toolkit.errors import UsageError
 from toolkit.store import Artifact, Store, Work
+from toolkit.workload import Data, Model
 
 META = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 

@@ -20,9 +20,10 @@ from tests.compression.test_training import images
 from tests.conftest import PROFILE, run_toolkit, write_job
 from toolkit.compression import distributed, models, training
 from toolkit.compression.images import Hardware
-from toolkit.config import Model, Recipe
+from toolkit.config import Recipe
 from toolkit.errors import StageError, UsageError
 from toolkit.store import Work
+from toolkit.workload import Model
 
 
 class Small(nn.Module):

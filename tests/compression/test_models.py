@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from toolkit.compression import models, sources
-from toolkit.config import Model
 from toolkit.errors import StageError, UsageError
+from toolkit.workload import Model
 
 FACTORY = """\
 import torch

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from toolkit.compression import budget, fastnas, flops, models, pruning
-from toolkit.config import Flops, Model
+from toolkit.config import Flops
 from toolkit.errors import UsageError
 from toolkit.store import Store, Work
+from toolkit.workload import Model
 
 
 def test_flops_are_two_macs_without_batch_norm() -> None:

@@ -23,9 +23,10 @@ from toolkit.compression import calibration, models, qat
 from toolkit.compression import data as datasets
 from toolkit.compression.quantization import Retrain, quantize
 from toolkit.compression.spelling import Levels, input_levels, spell
-from toolkit.config import Data, Model, Recipe
+from toolkit.config import Recipe
 from toolkit.report import terminal
 from toolkit.store import Artifact, Progress, Store, Work
+from toolkit.workload import Data, Model
 
 RECIPE = Recipe(batch=32, lr=0.1, flip=False, crop=0, qat_epochs=4)
 

@@ -21,9 +21,9 @@ from toolkit.compression import data as datasets
 from toolkit.compression.calibration import Ranges
 from toolkit.compression.quantization import quantize
 from toolkit.compression.spelling import Spelling, quantised, spell
-from toolkit.config import Data
 from toolkit.errors import StageError
 from toolkit.store import Artifact, Store, Work
+from toolkit.workload import Data
 
 SPELLINGS = get_args(Spelling)
 SIZE = 16

@@ -12,8 +12,8 @@ from torch import nn
 from toolkit.compression import fastnas, flops, models, scoring
 from toolkit.compression.data import Split
 from toolkit.compression.images import Hardware, Images, accuracy, predict
-from toolkit.config import Model
 from toolkit.store import Work
+from toolkit.workload import Model
 
 META = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
 SIZE = 16

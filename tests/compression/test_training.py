@@ -13,9 +13,10 @@ import torch
 from toolkit.compression import batchnorm, compiling, models, steps, training
 from toolkit.compression.data import Split
 from toolkit.compression.images import Hardware, Images, accuracy, predict
-from toolkit.config import Model, Recipe
+from toolkit.config import Recipe
 from toolkit.errors import StageError, UsageError
 from toolkit.store import Work
+from toolkit.workload import Model
 
 META = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
 RECIPE = Recipe(epochs=3, batch=16, crop=2)

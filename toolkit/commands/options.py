@@ -249,7 +249,7 @@ def job_from(
     """Return the job that the options describe; raises UsageError naming what is wrong."""
     from typing import cast
 
-    from toolkit import config, files
+    from toolkit import config, files, workload
     from toolkit.delivery.lease import Claim
     from toolkit.errors import UsageError
     from toolkit.job import Job
@@ -278,8 +278,8 @@ def job_from(
     return Job(
         target=chosen,
         profile=settings,
-        model=config.Model.parse(model, weights, config.Normalization.parse(mean, std, input_range)),
-        data=config.Data.parse(data, skip_bad_images=skip_bad_images),
+        model=workload.Model.parse(model, weights, workload.Normalization.parse(mean, std, input_range)),
+        data=workload.Data.parse(data, skip_bad_images=skip_bad_images),
         precision=cast(config.Precision, precision or settings.precision),
         budget=budget,
         seed=seed,
@@ -288,6 +288,6 @@ def job_from(
         rebuild_stale=rebuild_stale,
         build=build_folder,
         claim=Claim(wait, steal),
-        teacher=None if teacher is None else config.Model.parse_teacher(teacher),
+        teacher=None if teacher is None else workload.Model.parse_teacher(teacher),
         gpus=gpus,
     )

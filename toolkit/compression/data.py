@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from toolkit.agent.images import BadImage
 from toolkit.agent.images import read as read_image
-from toolkit.config import Data
 from toolkit.errors import StageError, UsageError
 from toolkit.store import Artifact, Work, sha256_file, write_json
+from toolkit.workload import Data
 
 SPLITS = ("train", "val", "test")
 _SPLIT_SEED = 20_240_501  # the split is part of the data: it does not follow the run's seed

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit import units
-from toolkit.config import TORCHVISION, Model
 from toolkit.errors import StageError, UsageError
+from toolkit.workload import TORCHVISION, Model
 
 
 class _ZeroPaddedShortcut(nn.Module):

@@ -18,9 +18,10 @@ from toolkit.compression import flops, models
 from toolkit.compression.batchnorm import calibration, recalibrate
 from toolkit.compression.images import Hardware, Images
 from toolkit.compression.training import load_baseline, measure, seed_everything
-from toolkit.config import Flops, Model, PrunerName, Recipe
+from toolkit.config import Flops, PrunerName, Recipe
 from toolkit.errors import UsageError
 from toolkit.store import Artifact, Work
+from toolkit.workload import Model
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import TORCHVISION, Model
 from toolkit.errors import UsageError
 from toolkit.store import canonical, sha256_file, sha256_text
+from toolkit.workload import TORCHVISION, Model
 
 
 def identify(model: Model) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from toolkit.compression import compiling, distributed, flops, models
 from toolkit.compression import data as datasets
 from toolkit.compression.images import Hardware, Images, accuracy, predict
 from toolkit.compression.steps import Backward, Loss
-from toolkit.config import Model, Recipe
+from toolkit.config import Recipe
 from toolkit.errors import StageError
 from toolkit.store import Artifact, Work
+from toolkit.workload import Model
 
 _TEACHER_WEIGHT = 0.5  # share of the soft targets in the loss
 
