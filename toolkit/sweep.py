@@ -127,7 +127,8 @@ def _workers(
 
         return cluster.connected(ray, parallel or 1, job)
     several = len(set(axes.budgets)) * len(set(axes.pruners)) if job.model.trainable else 1
-    parallel = min(several, parallel or workers.fitting())
+    with silenced():  # before PyTorch is imported, whose progress bars ask once
+        parallel = min(several, parallel or workers.fitting())
     return contextlib.nullcontext() if parallel == 1 else workers.processes(parallel, console)
 
 
