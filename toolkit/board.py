@@ -65,7 +65,7 @@ class HostConsole(Console):
     """The progress of one host of a fleet."""
 
     def __init__(self, board: Board, host: str) -> None:
-        self.quiet = board.console.quiet
+        super().__init__(quiet=board.console.quiet)
         self.live = False
         self._board = board
         self._host = host
