@@ -45,10 +45,12 @@ def one(label: str, ms: float | None, accuracy: float | None, verdict: str = "pa
         ([one("a", 1.0, 0.9), one("b", 0.5, 0.8)], "b", "the fastest of 2 that keep the contract"),
         ([one("a", 1.0, 0.9), one("b", 0.5, 0.8)], "b", "a is 10.00% more accurate and 100% slower"),
         ([one("a", 1.0, 0.9), one("b", 0.5, 0.8, "failed")], "a", "the only candidate that keeps the contract"),
-        ([one("a", 1.0, 0.9), one("b", 0.98, 0.8)], "a", "not significantly slower"),
+        ([one("a", 1.0, 0.9), one("b", 0.985, 0.8)], "a", "not significantly slower"),
         ([one("a", 1.0, 0.9), one("b", 0.98, 0.9)], "b", "the fastest of 2"),
         # b is no better than a, nor c than b: whoever took c would give up accuracy for nothing, step by step
-        ([one("a", 1.0, 0.9), one("b", 0.97, 0.8), one("c", 0.94, 0.7)], "a", "every faster one, c first"),
+        ([one("a", 1.0, 0.9), one("b", 0.985, 0.8), one("c", 0.97, 0.7)], "a", "every faster one, c first"),
+        # a was measured badly, which puts it beside nobody else
+        ([one("a", 1.0, 0.9) | {"p50": figure(1.0, 0.9)}, one("b", 0.5, 0.8)], "b", "the fastest of 2"),
         ([one("a", 1.0, None), one("b", 0.5, None)], "b", "the fastest of 2"),
         ([one("a", None, 0.9)], None, "no candidate keeps the contract"),
         ([one("a", 1.0, 0.9, "undecided")], None, "no candidate keeps the contract"),

@@ -166,8 +166,8 @@ def halve(found: Sequence[Candidate], score: Callable[[Candidate], float]) -> tu
 def choose(measured: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:
     """Return which of the candidates to ship, by its label, and why.
 
-    It is the fastest one that keeps the contract and has no more accurate one beside it: one whose latency is not
-    significantly higher, which is when the intervals overlap.
+    It is the fastest one that keeps the contract and has no more accurate one beside it: one whose median is within
+    its own interval. The other's interval does not count, or whoever is measured badly would stand beside everyone.
 
     Args:
         measured: Of each candidate ``label``, ``verdict`` (``passed`` for a kept contract), ``p50`` (a figure, in
@@ -196,9 +196,8 @@ def choose(measured: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:
 
 
 def _beats(other: Mapping[str, Any], one: Mapping[str, Any]) -> bool:
-    """Whether another candidate is more accurate and not significantly slower."""
-    low, high = other["p50"]["low"] or _median(other), one["p50"]["high"] or _median(one)
-    return _accuracy(other) > _accuracy(one) and low <= high
+    """Whether another candidate is more accurate, and within the interval of this one's latency."""
+    return _accuracy(other) > _accuracy(one) and _median(other) <= (one["p50"]["high"] or _median(one))
 
 
 def _median(one: Mapping[str, Any]) -> float:
