@@ -21,7 +21,7 @@ class Console:
     Args:
         quiet: Show warnings only.
         brief: Leave out stages that had nothing to do.
-        about: What its stages are of, where several write to one terminal; leaves such stages out, too.
+        about: What its stages are of, where several write to one terminal; brief in any case.
     """
 
     def __init__(self, *, quiet: bool = False, brief: bool = False, about: str = "") -> None:

@@ -127,8 +127,10 @@ def _workers(
 
         return cluster.connected(ray, parallel or 1, job)
     several = len(set(axes.budgets)) * len(set(axes.pruners)) if job.model.trainable else 1
-    with silenced():  # before PyTorch is imported, whose progress bars ask once
-        parallel = min(several, parallel or workers.fitting())
+    if several > 1 and parallel is None:
+        with silenced():  # before PyTorch is imported, whose progress bars ask once
+            parallel = workers.fitting()
+    parallel = min(several, parallel or 1)
     return contextlib.nullcontext() if parallel == 1 else workers.processes(parallel, console)
 
 
