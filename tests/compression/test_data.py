@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,14 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     (root / "test" / "dark" / "notes.txt").write_text("x")
     with pytest.raises(UsageError, match=r"notes\.txt is not an image file"):
         prepare(tmp_path, folder(root))
+
+
+@pytest.mark.parametrize(("make", "what"), [(Path.mkdir, "a folder"), (lambda p: p.symlink_to("x"), "a link to")])
+def test_what_stands_among_the_images_is_named(tmp_path: Path, make: Callable[[Path], None], what: str) -> None:
+    root = image_folder(tmp_path / "images", COUNTS)
+    make(root / "test" / "dark" / "more")
+    with pytest.raises(UsageError, match=f"more is {what}"):
+        data.fingerprint(folder(root), tmp_path / "index", remember=True)
 
 
 @pytest.mark.parametrize(

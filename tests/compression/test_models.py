@@ -94,6 +94,14 @@ def test_a_factory_is_identified_by_its_code_and_what_it_imports(here: Path) -> 
     assert sources.identify(model) != before
     with pytest.raises(UsageError, match="'nowhere' cannot be found"):
         sources.identify(Model.parse("nowhere:build"))
+    for name, text, says in (
+        ("raises", "raise ValueError('boo')", "does not import: ValueError: boo"),
+        ("lacks", "import nosuchlib", "does not import: No module named 'nosuchlib'"),
+    ):
+        (here / name).mkdir()
+        (here / name / "__init__.py").write_text(text)
+        with pytest.raises(UsageError, match=says):
+            sources.identify(Model.parse(f"{name}.net:build"))
 
 
 @pytest.mark.parametrize("form", ["safetensors", "state_dict", "wrapped", "parallel"])

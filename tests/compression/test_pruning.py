@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,14 @@ def test_a_finished_search_is_taken_over_and_half_a_one_is_dropped(
     half = tmp_path / "half.pth"
     half.write_bytes(shared.read_bytes()[:1000])
     assert not fastnas._open_search(work, half).exists()
+
+
+def test_nothing_here_knows_what_an_engine_is() -> None:
+    package = Path(pruning.__file__).parent
+    known = set()
+    for path in package.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                known |= {f"{node.module}.{alias.name}".split(".")[1] for alias in node.names}
+    assert "compression" in known
+    assert not known & {"engines", "devices", "delivery", "containers", "pipeline", "measurement"}

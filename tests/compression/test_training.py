@@ -148,6 +148,14 @@ def test_the_parts_of_a_batch_have_its_gradients_and_its_loss() -> None:
         torch.testing.assert_close(whole, parts)
 
 
+def test_no_part_of_a_short_batch_is_empty_or_of_one_image() -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.BatchNorm1d(5))
+    backward = steps.Backward(network, training._cross_entropy, contextlib.nullcontext, 16)
+    backward.parts = 4
+    for images in (3, 5, 6):
+        assert backward(torch.randn(images, 3, 2, 2), torch.arange(images) % 5).isfinite()
+
+
 def test_gradient_checkpointing_keeps_less_and_comes_to_the_same_weights(tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"gradient_checkpointing": True})
     assert same(fit(tmp_path / "a", 1), fit(tmp_path / "b", 1, recipe=recipe))

@@ -292,6 +292,9 @@ class _ImageFolder:
             for name in self.classes:
                 entries = [e for e in os.scandir(self.splits[split] / name) if _counts(e.name)]
                 for entry in sorted(entries, key=lambda e: e.name):
+                    if not entry.is_file():
+                        what = "a folder" if entry.is_dir() else "a link to nothing"
+                        raise UsageError(f"{entry.path} is {what} among the images", "take it away")
                     yield Path(entry.path), entry.stat()
 
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from toolkit import units
 from toolkit.compression import data as datasets
 from toolkit.compression import distributed
 from toolkit.config import Recipe
+from toolkit.errors import StageError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -52,8 +54,7 @@ def _keep_freed_memory() -> None:
     again, page by page, takes up to a third of a step where several threads wait (benchmarks/allocation.py).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    if mallopt is not None and (mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 32 << 20)):
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
@@ -67,7 +68,14 @@ class Images:
     """
 
     def __init__(self, split: datasets.Split, meta: dict[str, Any], hardware: Hardware) -> None:
-        self.images = torch.from_numpy(np.array(split.images)).to(hardware.device)
+        try:
+            self.images = torch.from_numpy(np.array(split.images)).to(hardware.device)
+        except torch.OutOfMemoryError:
+            raise StageError(
+                f"the GPU's memory does not hold the {len(split.labels):,} images of a split, "
+                f"{units.size(split.images.nbytes)}",
+                "lower input_size in the profile, or give fewer images",
+            ) from None
         self.labels = torch.from_numpy(np.array(split.labels)).to(hardware.device)
         self.mean = 255 * torch.tensor(meta["mean"], device=hardware.device).view(3, 1, 1)
         self.scale = 1 / (255 * torch.tensor(meta["std"], device=hardware.device).view(3, 1, 1))
@@ -86,7 +94,8 @@ class Images:
 
     def evaluation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images in order, in batches of a size that inference is fast at."""
-        return self.batches(1024 if self.images.is_cuda else 128)
+        pixels = self.images.shape[-1] ** 2
+        return self.batches(max(16, min(1024, (1 << 22) // pixels)) if self.images.is_cuda else 128)
 
     def augmented(self, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield one epoch of shuffled, randomly cropped and flipped batches; the last one may be smaller.

@@ -206,8 +206,10 @@ def _load(network: nn.Module, path: Path, classes: int | None) -> None:
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"the checkpoint {path} is not a table of tensors", "save model.state_dict() to it")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
     own = network.state_dict()
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if classes is not None:  # auxiliary heads are for training from nothing
+        state = {key: value for key, value in state.items() if key in own or not key.lower().startswith("aux")}
     for key, tensor in own.items():
         if key in state and tensor.shape[:1] == (classes,) != state[key].shape[:1]:
             state[key] = tensor

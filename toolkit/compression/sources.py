@@ -46,8 +46,14 @@ def files_of(model: Model) -> list[Path]:
         sys.path.insert(0, str(here))
     try:
         spec = importlib.util.find_spec(module)
-    except ImportError:
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not f"{module}.".startswith(f"{missing.name}."):
+            raise UsageError(
+                f"'{module}' does not import: {missing}", "install it, or correct the import"
+            ) from missing
         spec = None
+    except Exception as error:  # whatever the user's packages do when they are imported
+        raise UsageError(f"'{module}' does not import: {type(error).__name__}: {error}", "correct it") from error
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise UsageError(
             f"the module '{module}' cannot be found from {here}",

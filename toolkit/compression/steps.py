@@ -88,7 +88,8 @@ class Backward:
         whole = self.parts == 1 and len(inputs) == self._batch  # which is what a network is compiled for
         run = self.run if whole else self._network
         mean = torch.zeros((), device=inputs.device)
-        for part, truth in zip(inputs.tensor_split(self.parts), labels.tensor_split(self.parts), strict=True):
+        parts = min(self.parts, max(1, len(inputs) // 2))  # batch norm has no variance of one image
+        for part, truth in zip(inputs.tensor_split(parts), labels.tensor_split(parts), strict=True):
             blocks = recomputing(self._network) if self._recompute else contextlib.nullcontext()
             with self._autocast(), blocks:
                 value = self._loss(run(part).float(), truth, part) * (len(part) / len(inputs))
