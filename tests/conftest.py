@@ -17,19 +17,28 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from toolkit import files
+from toolkit.job import Job
+from toolkit.workload import Data, Model
+
 TARGET = "description: a small job\nprofile: tiny\nruntime: onnxruntime\n"
 PROFILE = """\
 flops: 80%
 channel_divisor: 16
 recipe: {epochs: 3, finetune_epochs: 2, batch: 32, lr: 0.1, train_images: 320, search_images: 64,
          flip: false, crop: 2}
-benchmark: {warmup: 20 ms, duration: 100 ms, queries: 400, batches: [1, 4]}
+benchmark: {warmup: 20 ms, duration: 100 ms, queries: 800, rounds: 1, batches: [1, 4]}
 contract: {latency_p99: 1 s, max_accuracy_drop: 100 %, engine_size: 50 MB}
 """
 
 # whoever starts the tests in the background has told them to ignore these, and so what they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# or every process that the tests start would compile the toolkit anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# as `make test` has it: whoever computes comes to the same bits
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Toolkit = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -53,6 +62,25 @@ def run_toolkit(folder: Path, *arguments: str, **options: Any) -> subprocess.Com
         env=os.environ | options.pop("env", {}),
         **options,
     )
+
+
+def job_of(build: Path, data: str = "digits", **changes: Any) -> Job:
+    """Return a job for this machine with the shipped profile, but for what is changed of it."""
+    profile = files.load_profile("host-cpu")
+    given: dict[str, Any] = {
+        "target": files.load_target("host-cpu"),
+        "profile": profile,
+        "model": Model.parse("resnet20"),
+        "data": Data.parse(data),
+        "precision": "fp32",
+        "budget": profile.flops,
+        "seed": 1,
+        "fast": False,
+        "allow_fast": False,
+        "rebuild_stale": False,
+        "build": build,
+    }
+    return Job(**given | changes)
 
 
 @pytest.fixture

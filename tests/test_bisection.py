@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import PROFILE, run_toolkit, write_job
+from tests.conftest import PROFILE, job_of, run_toolkit, write_job
+from toolkit import bisection
 from toolkit.bench import latency_table
 from toolkit.bench.latency_table import Layer, Network
 from toolkit.bisection import PROBES, STEPS, search
+from toolkit.config import Flops
+from toolkit.console import Console
+from toolkit.errors import StageError
+from toolkit.job import Job
 
 
 @pytest.mark.parametrize("limit", range(-1, STEPS + 1))
@@ -73,6 +80,46 @@ def test_a_contract_without_limit_has_no_largest_budget(job: Path) -> None:
     assert "limits neither latency nor throughput" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("limit", "guess", "says"),
+    [
+        (70, 10, "the largest budget that keeps the contract is 70M; now with fine-tuning"),
+        (70, 14, "64M keeps the contract, 72M does not, nothing between was measured; now"),
+        (40, 0, None),
+    ],
+)
+def test_no_more_is_said_than_was_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    limit: float,
+    guess: int,
+    says: str | None,
+) -> None:
+    def probe(job: Job, budget: Flops, console: Console) -> dict[str, Any]:
+        passed = budget.value <= limit * 1e6
+        line = {"what": "latency_p99", "status": "failed", "passed": passed, "reason": "too slow"}
+        return {"verdict": {"passed": passed, "status": "", "lines": [line]}}
+
+    ran = []
+    monkeypatch.setattr(bisection, "PROBES", 5)
+    monkeypatch.setattr(bisection, "reach", lambda job, console: (50e6, 90e6))
+    monkeypatch.setattr(bisection, "probe", probe)
+    monkeypatch.setattr(bisection, "_said", lambda job, document: "")
+    monkeypatch.setattr(bisection, "_guess", lambda *_: guess)
+    monkeypatch.setattr(bisection.runs, "execute", lambda job, *_: ran.append(str(job.budget)))
+    job = job_of(tmp_path)
+    limited = job.profile.contract.model_copy(update={"latency_p99": 1.0})
+    job = replace(job, profile=job.profile.model_copy(update={"contract": limited}))
+    if says is None:
+        with pytest.raises(StageError, match="no budget keeps the contract on the device: at 50M"):
+            bisection.largest(job, Console())
+    else:
+        bisection.largest(job, Console())
+        assert says in capsys.readouterr().err
+        assert says.startswith(ran[0]) or f"is {ran[0]};" in says
+
+
 def test_the_whole_network_is_the_largest_where_it_keeps_the_contract(finished_copy: Path) -> None:
     result = run_toolkit(finished_copy, "run", "tiny", "--until", "latency", "--precision", "int8", "--json")
     assert result.returncode == 0, result.stderr
@@ -81,3 +128,11 @@ def test_the_whole_network_is_the_largest_where_it_keeps_the_contract(finished_c
     assert found["budget"] == "81.1M"
     assert found["model"]["final"]["flops"] == found["model"]["baseline"]["flops"]
     assert found["commit"]["committed"]
+
+    result = run_toolkit(finished_copy, "profile-table", "tiny", "--precision", "int8", "--json")
+    assert result.returncode == 0, result.stderr
+    table = json.loads(result.stdout)
+    assert len(table["networks"]) >= 3
+    for one in table["networks"]:
+        assert one["predicted_ms"] == pytest.approx(one["measured_ms"] * (1 + one["error"]))
+    assert 0 <= table["median_error"] <= table["max_error"]

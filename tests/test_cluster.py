@@ -14,15 +14,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conftest import image_folder, run_toolkit
-from toolkit import cluster, files
+from tests.conftest import image_folder, job_of, run_toolkit
+from toolkit import cluster
 from toolkit.compression import data, sources
 from toolkit.errors import UsageError
-from toolkit.job import Job
-from toolkit.workload import Data, Model
+from toolkit.workload import Model
 
 needs_ray = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("ray", "grpc")), reason="Ray is not installed: extra 'ray'"
@@ -75,24 +75,6 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def tiny(build: Path, model: str = "resnet20", text: str = "digits", **options: Model | None) -> Job:
-    profile = files.load_profile("host-cpu")
-    return Job(
-        target=files.load_target("host-cpu"),
-        profile=profile,
-        model=Model.parse(model),
-        data=Data.parse(text),
-        precision="fp32",
-        budget=profile.flops,
-        seed=1,
-        fast=False,
-        allow_fast=False,
-        rebuild_stale=False,
-        build=build,
-        **options,
-    )
-
-
 def test_a_job_has_the_same_keys_where_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, away = tmp_path / "here", tmp_path / "away"
     image_folder(here / "images", {"train": {"a": 3, "b": 3}, "test": {"a": 1, "b": 1}})
@@ -101,7 +83,9 @@ def test_a_job_has_the_same_keys_where_it_is_sent(tmp_path: Path, monkeypatch: p
     (here / "best.pth").write_bytes(b"weights")
     monkeypatch.chdir(here)
     teacher = Model.parse_teacher(f"resnet20={here / 'best.pth'}")
-    job = tiny(here / "build", "sent_model:build", f"imagefolder:{here / 'images'}", teacher=teacher)
+    job = job_of(
+        here / "build", f"imagefolder:{here / 'images'}", model=Model.parse("sent_model:build"), teacher=teacher
+    )
     keys = data.fingerprint(job.data, here / "index", remember=False), sources.identify(job.model)
     assert "content" in keys[0]
 
@@ -141,16 +125,17 @@ def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "grpc", None)
     with (
         pytest.raises(UsageError, match="not installed: grpc") as told,
-        cluster.connected("ray://head:10001", 1, tiny(tmp_path)),
+        cluster.connected("ray://head:10001", 1, job_of(tmp_path)),
     ):
         pass
-    assert "edge-toolkit[ray]" in str(told.value.hint)
+    assert "pip install -e '.[ray]'" in str(told.value.hint)
 
 
 @needs_ray
 def test_a_cluster_that_is_not_there(job: Path) -> None:
     (port,) = _free_ports(1)
-    result = run_toolkit(job, "sweep", "tiny", "--ray", f"ray://127.0.0.1:{port}")
+    soon = {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "1", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "1"}
+    result = run_toolkit(job, "sweep", "tiny", "--ray", f"ray://127.0.0.1:{port}", env=soon)
     assert result.returncode == 1, result.stderr
     assert (
         f"no connection to the Ray cluster at ray://127.0.0.1:{port}: ray client connection timeout"
@@ -162,14 +147,11 @@ def test_a_cluster_that_is_not_there(job: Path) -> None:
 
 @needs_ray
 def test_a_cluster_makes_what_this_machine_makes_and_continues_after_ctrl_c(
-    finished_copy: Path, ray: Ray, tmp_path: Path
+    finished: tuple[Path, dict[str, Any]], finished_copy: Path, ray: Ray
 ) -> None:
-    arguments = ["sweep", "tiny", "--flops", "75%,70%", "--ray", ray.address, "--parallel", "2", "--json"]
-    local = shutil.copytree(finished_copy, tmp_path / "local", symlinks=True)
-    for budget in ("75%", "70%"):
-        made = run_toolkit(local, "quantize", "tiny", "--flops", budget, env={"OMP_NUM_THREADS": "1"})
-        assert made.returncode == 0, made.stderr
-
+    arguments = ["sweep", "tiny", "--flops", "80%,70%", "--ray", ray.address, "--parallel", "2", "--json"]
+    for stage in ("prune", "finetune", "export"):
+        shutil.rmtree(finished_copy / "build" / "store" / stage)
     begun = subprocess.Popen(
         [sys.executable, "-m", "toolkit", *arguments],
         cwd=finished_copy, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -185,10 +167,10 @@ def test_a_cluster_makes_what_this_machine_makes_and_continues_after_ctrl_c(
 
     result = run_toolkit(finished_copy, *arguments)
     assert result.returncode == 0, result.stderr
-    assert "networks of 70% made" in result.stderr
+    assert "70% fastnas: export made" in result.stderr
     assert [one["error"] for one in json.loads(result.stdout)["candidates"]] == [None, None]
-    here, there = artifacts(local), artifacts(finished_copy)
-    assert len([stage for stage, _ in here if stage == "finetune"]) == 3
+    here, there = artifacts(finished[0]), artifacts(finished_copy)
+    assert len([stage for stage, _ in here if stage == "finetune"]) == 1
     assert here == {name: there.get(name) for name in here}
 
 

@@ -365,5 +365,8 @@ def test_a_run_that_lost_too_much_accuracy_names_the_nearest_that_did_not(tmp_pa
     line |= {"status": "failed", "passed": False}
     assert "is 60% (run 20261121T120000-host-cpu-0a1b)" in str(recorded.nearest(tmp_path, document))
     assert "no budget" in str(recorded.nearest(tmp_path, document | {"workload": {"seed": 7}}))
-    (tmp_path / "runs" / document["run"] / "run.json").write_text(json.dumps(document))
-    assert "toolkit sweep host-cpu" in str(recorded.nearest(tmp_path, document))
+    unjudged = [one for one in document["verdict"]["lines"] if one is not line]  # as a probe is
+    probe = document | {"verdict": document["verdict"] | {"lines": unjudged}}
+    for recorded_one in (document, probe):
+        (tmp_path / "runs" / document["run"] / "run.json").write_text(json.dumps(recorded_one))
+        assert "toolkit sweep host-cpu" in str(recorded.nearest(tmp_path, document))

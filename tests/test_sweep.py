@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +19,20 @@ import jsonschema
 import pytest
 import torch
 
-from tests.conftest import run_toolkit
+from tests.conftest import job_of, run_toolkit
 from tests.pages import Measured, figure
 from tests.test_adopt import model, network
 from tests.test_report import browser, browser_only, drawn, opened  # noqa: F401
-from toolkit import files, runs, sweep, workers
+from toolkit import files, pipeline, runs, sweep, workers
 from toolkit.agent import facts
 from toolkit.candidates import Axes, Candidate, choose, halve, lay_out, runtimes_for
 from toolkit.config import Flops
 from toolkit.console import Console
-from toolkit.errors import UsageError
+from toolkit.errors import StageError, ToolkitError, UsageError
 from toolkit.job import Job
 from toolkit.report import comparison, recorded, terminal, vega
 from toolkit.stages import Runner
 from toolkit.store import Store
-from toolkit.workload import Data, Model
 
 SCHEMA = json.loads(sweep.SCHEMA.read_text())
 
@@ -66,19 +68,7 @@ def test_the_choice(measured: list[dict[str, Any]], chosen: str | None, says: st
 def test_what_cannot_be_is_left_out_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts, "runtimes", lambda: {"onnxruntime": "1.23"})
     network(tmp_path / "net.onnx")
-    job = Job(
-        target=files.load_target("host-cpu"),
-        profile=files.load_profile("host-cpu"),
-        model=model(tmp_path / "net.onnx"),
-        data=Data.parse("none"),
-        precision="fp32",
-        budget=files.load_profile("host-cpu").flops,
-        seed=1,
-        fast=False,
-        allow_fast=False,
-        rebuild_stale=False,
-        build=tmp_path,
-    )
+    job = job_of(tmp_path, "none", model=model(tmp_path / "net.onnx"))
     stages = Runner(Store(tmp_path / "store"), Console(quiet=True), "check")
     axes = Axes([job.budget], ["fp32", "int8"], ["fastnas"], runtimes_for(job.target))
     found, left_out = lay_out(job, axes, stages)
@@ -90,25 +80,90 @@ def test_what_cannot_be_is_left_out_with_the_reason(tmp_path: Path, monkeypatch:
         runtimes_for(files.load_target("t4"))
 
 
+def test_what_keeps_every_candidate_from_being_is_looked_at_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def destination(job: Job) -> Any:
+        asked.append(job)
+        raise StageError("no such host")
+
+    monkeypatch.setattr(pipeline, "destination", destination)
+    job = digits(tmp_path)
+    axes = Axes([Flops.parse("60%"), Flops.parse("40%")], ["fp32", "int8"], ["fastnas"], ["onnxruntime"])
+    with pytest.raises(StageError, match="no such host"):
+        lay_out(job, axes, Runner(Store(tmp_path / "store"), Console(quiet=True), "check"))
+    assert len(asked) == 1
+
+
+def test_what_networks_share_is_made_first_and_by_the_smallest(tmp_path: Path) -> None:
+    made = []
+
+    def make(jobs: Mapping[str, Job], until: str) -> Iterator[tuple[str, ToolkitError | None]]:
+        for name, job in jobs.items():
+            made.append((str(job.budget), job.profile.pruner, until))
+            yield name, StageError("no room") if job.profile.pruner == "fastnas" else None
+
+    found = [
+        Candidate("", digits(tmp_path, pruner, budget), share)
+        for pruner in ("fastnas", "depgraph")
+        for budget, share in (("100%", 1.0), ("60M", 0.6), ("40%", 0.4))
+    ]
+    sweep._share(found, make)
+    assert sorted(made) == [("40%", "depgraph", "prune"), ("40%", "fastnas", "prune")]
+    with pytest.raises(StageError, match="no room"):
+        sweep._share(found[:3], make)
+
+
+def test_a_graph_is_made_once_and_none_of_a_network_that_failed(tmp_path: Path) -> None:
+    made = []
+
+    def make(jobs: Mapping[str, Job], until: str) -> Iterator[tuple[str, ToolkitError | None]]:
+        for name in jobs:
+            made.append((name, until))
+            yield name, StageError("no room") if "60%" in name else None
+
+    found = [
+        Candidate("", replace(digits(tmp_path, budget=budget), target=target, precision=precision))
+        for target in (files.load_target("host-cpu"), files.load_target("host-cpu").using("openvino"))
+        for budget in ("60%", "40%")
+        for precision in ("fp32", "int8")
+    ]
+    console = Console(quiet=True)
+    kept = sweep._make(found, sweep._network, make, console, "export")
+    assert {str(one.job.budget) for one in kept} == {"40%"}
+    assert len(sweep._make(kept, sweep._graph, make, console, "reference")) == 4
+    assert made == [
+        ("60% fastnas", "export"),
+        ("40% fastnas", "export"),
+        ("40% fastnas fp32 onnxruntime", "reference"),
+        ("40% fastnas int8 onnxruntime", "reference"),
+    ]
+
+
+def test_a_device_that_is_gone_at_the_end_costs_no_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def destination(job: Job) -> Any:
+        raise StageError("orin does not answer")
+
+    monkeypatch.setattr(pipeline, "destination", destination)
+    assert sweep._current(digits(tmp_path), Console()) is None
+    assert "which release is current is not known: orin does not answer" in capsys.readouterr().err
+
+
+def digits(build: Path, pruner: str = "fastnas", budget: str = "60%") -> Job:
+    profile = files.load_profile("host-cpu").model_copy(update={"pruner": pruner})
+    return job_of(build, profile=profile, budget=Flops.parse(budget))
+
+
 def test_of_each_budget_the_worse_half_is_dropped(tmp_path: Path) -> None:
-    profile = files.load_profile("host-cpu")
     found = []
     for budget in ("60%", "40%"):
         for pruner in ("a", "b", "c"):
             for precision in ("fp32", "int8"):
-                job = Job(
-                    target=files.load_target("host-cpu"),
-                    profile=profile.model_copy(update={"pruner": pruner}),
-                    model=Model.parse("resnet20"),
-                    data=Data.parse("digits"),
-                    precision="fp32" if precision == "fp32" else "int8",
-                    budget=Flops.parse(budget),
-                    seed=1,
-                    fast=False,
-                    allow_fast=False,
-                    rebuild_stale=False,
-                    build=tmp_path,
-                )
+                job = replace(digits(tmp_path, pruner, budget), precision=precision)
                 found.append(Candidate(f"{budget} {precision} {pruner}", job))
     asked: list[str] = []
 
@@ -145,13 +200,28 @@ def test_memory_limits_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= workers.fitting() <= max(1, total / 4e9)
 
 
-def test_a_sweep_goes_on_where_it_was_interrupted_and_switches_nothing(finished_copy: Path) -> None:
+def test_a_sweep_goes_on_where_it_was_interrupted_and_switches_nothing(
+    finished: tuple[Path, dict[str, Any]], finished_copy: Path
+) -> None:
+    """First while two networks train at the same time, then between two candidates."""
+    shutil.rmtree(finished_copy / "build" / "store" / "finetune")
     arguments = ["sweep", "tiny", "--flops", "80%,70%,10%", "--precision", "int8,fp32"]
     arguments += ["--parallel", "2", "--json"]
+    command = [sys.executable, "-m", "toolkit", *arguments]
     begun = subprocess.Popen(
-        [sys.executable, "-m", "toolkit", *arguments],
-        cwd=finished_copy, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command, cwd=finished_copy, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
+    while not list(finished_copy.glob("build/store/.resume/finetune-*")):
+        assert begun.poll() is None, begun.communicate()[1]
+        time.sleep(0.1)
+    os.killpg(begun.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, told = begun.communicate(timeout=120)  # until the last process that could write has ended
+    assert begun.returncode == 130, told
+    assert "the same command continues" in told
+    assert "Traceback" not in told
+
+    begun = subprocess.Popen(command, cwd=finished_copy, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert begun.stderr
     said = []
     for line in begun.stderr:
@@ -166,7 +236,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted_and_switches_nothing(finished_
 
     result = run_toolkit(finished_copy, *arguments)
     assert result.returncode == 0, result.stderr
-    assert "networks of 80% int8 made" in result.stderr
+    assert "80% fastnas int8 onnxruntime: reference made" in result.stderr
     assert "done in" not in result.stderr.partition("candidate 2 of 4")[0], "what was there is made again"
     found = json.loads(result.stdout)
     jsonschema.validate(found, SCHEMA)
@@ -174,7 +244,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted_and_switches_nothing(finished_
     assert [one["label"] for one in found["left_out"]] == ["10% int8", "10% fp32"]
     assert "cannot be reached" in found["left_out"][0]["reason"]
     assert found["recommended"] in [one["label"] for one in found["candidates"]]
-    assert found["current"] == found["candidates"][0]["release"], "the finished job's own"
+    assert found["current"] == finished[1]["commit"]["release"], "the finished job's own"
     releases = json.loads(run_toolkit(finished_copy, "releases", "tiny", "--json").stdout)
     assert [release["id"] for release in releases["releases"] if release["current"]] == [found["current"]]
     page = (finished_copy / found["report"]).read_text()
@@ -186,23 +256,39 @@ def test_a_sweep_goes_on_where_it_was_interrupted_and_switches_nothing(finished_
     assert not {one["run"] for one in found["candidates"]} & set(removed), "a sweep keeps all that it refers to"
 
 
-def test_ctrl_c_ends_all_that_trains_at_the_same_time(finished_copy: Path) -> None:
-    arguments = ["sweep", "tiny", "--flops", "75%,70%", "--parallel", "2"]
-    begun = subprocess.Popen(
-        [sys.executable, "-m", "toolkit", *arguments],
-        cwd=finished_copy, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    while not list(finished_copy.glob("build/store/.resume/finetune-*")):
-        assert begun.poll() is None, begun.communicate()[1]
-        time.sleep(0.1)
-    os.killpg(begun.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, told = begun.communicate(timeout=120)  # until the last process that could write has ended
-    assert begun.returncode == 130, told
-    assert "the same command continues" in told
-    assert "Traceback" not in told
-    result = run_toolkit(finished_copy, *arguments)
+def test_halving_goes_on_with_the_better_network_of_each_budget(finished_copy: Path) -> None:
+    arguments = ["--flops", "100%,70%", "--pruner", "fastnas,depgraph", "--halving", "--parallel", "1", "--json"]
+    result = run_toolkit(finished_copy, "sweep", "tiny", *arguments)
     assert result.returncode == 0, result.stderr
-    assert "networks of 70% made" in result.stderr
+    found = json.loads(result.stdout)
+    assert {one["label"].split()[0] for one in found["candidates"]} == {"100%", "70%"}
+    assert {one["label"].split()[0] for one in found["left_out"]} == {"100%", "70%"}
+    assert all("after a short fine-tuning it is right on" in one["reason"] for one in found["left_out"])
+
+
+def test_no_process_outlives_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "busy.py").write_text(
+        "import multiprocessing, os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from toolkit import workers\n"
+        "def work():\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    with ProcessPoolExecutor(1, context, workers.start, (1, context.Value('i', 0))) as pool:\n"
+        "        pool.submit(work).result()\n"
+    )
+    with subprocess.Popen([sys.executable, "busy.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        worker = Path("/proc", parent.stdout.readline().strip())
+        assert worker.exists()
+        parent.kill()
+    for _ in range(100):
+        if not worker.exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker is still there")
 
 
 def test_the_device_decides_the_precision(finished_copy: Path) -> None:
@@ -231,6 +317,10 @@ def test_the_device_decides_the_precision(finished_copy: Path) -> None:
         (["run", "tiny", "--precision", "auto", "--until", "latency"], "--until does not go with 'auto'"),
         (["run", "tiny", "--flops", "60%", "--until", "latency"], "--until latency finds the budget itself"),
         (["train", "tiny", "--precision", "auto"], "'auto' is decided by measuring"),
+        (["sweep", "tiny", "--gpus", "2", "--parallel", "2"], "--gpus has several GPUs train one network"),
+        (["run", "tiny", "--until", "latency", "--waves", "1,100%"], "--until latency measures on one device"),
+        (["profile-table", "tiny", "--rerun", "bench"], "leave out --rerun"),
+        (["sweep", "tiny", "--data", "imagefolder:x", "--flops", "60%,50%"], "the data folder x does not exist"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(job: Path, arguments: list[str], says: str) -> None:

@@ -30,7 +30,8 @@ def largest(job: Job, console: Console, rerun: frozenset[str] = frozenset()) -> 
     """Find the largest budget whose engine keeps the contract, and do the whole job with it.
 
     Latency does not depend on weights, so that a probe is pruned, not fine-tuned, and judged without the clauses
-    on accuracy; what was found is fine-tuned and judged by all of them.
+    on accuracy; what was found is fine-tuned and judged by all of them. In a lower precision that costs it layers
+    where the accuracy needs them in fp32, and with them time: its own verdict counts, not the probe's.
 
     Raises:
         UsageError: The contract asks for nothing that a smaller network helps, or the model is not pruned.
@@ -59,7 +60,12 @@ def largest(job: Job, console: Console, rerun: frozenset[str] = frozenset()) -> 
             f"{broken['what']} is {broken['status']} ({broken['reason']})",
             "another precision or runtime (toolkit sweep), or another limit in the profile",
         )
-    console.say(f"the largest budget that keeps the contract is {budgets[found]}; now with fine-tuning")
+    above = min((step for step in tried if step > found), default=found)
+    if above - found <= 1:
+        said = f"the largest budget that keeps the contract is {budgets[found]}"
+    else:
+        said = f"{budgets[found]} keeps the contract, {budgets[above]} does not, nothing between was measured"
+    console.say(f"{said}; now with fine-tuning")
     return runs.execute(replace(job, budget=budgets[found]), "commit", console, rerun)
 
 

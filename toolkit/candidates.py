@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from toolkit import compression, engines, networks, pipeline
 from toolkit.config import Flops, Precision, RuntimeName, Target
+from toolkit.devices import Device
 from toolkit.engines import places
 from toolkit.errors import StageError, ToolkitError, UsageError
 from toolkit.job import Job
 from toolkit.stages import Reached, Runner
+
+T = TypeVar("T")
 
 _CPU: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
 
@@ -42,10 +46,12 @@ class Candidate:
     Attributes:
         label: What sets it apart from the others.
         job: It.
+        flops: The budget in FLOPs; infinite for an ONNX file, which is not pruned.
     """
 
     label: str
     job: Job
+    flops: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -77,10 +83,15 @@ def lay_out(job: Job, axes: Axes, stages: Runner) -> tuple[list[Candidate], list
         job: What all of them share.
         axes: What they differ in.
         stages: Looks at the data and the model; ends with ``check``.
+
+    Raises:
+        ToolkitError: Whatever keeps every candidate from being.
     """
     found: list[Candidate] = []
     left_out: list[LeftOut] = []
-    checks = {pruner: stages.aside() for pruner in axes.pruners}
+    errors: list[ToolkitError] = []
+    device_of = _once(lambda job: pipeline.destination(job).device)
+    check_of = _once(lambda job: _checked(job, stages.aside()))
     every = [set(values) for values in (axes.budgets, axes.precisions, axes.pruners, axes.runtimes)]
     for runtime, pruner, budget, precision in itertools.product(
         dict.fromkeys(axes.runtimes),
@@ -100,18 +111,43 @@ def lay_out(job: Job, axes: Axes, stages: Runner) -> tuple[list[Candidate], list
                 precision=precision,
             )
             engines.require_precision(candidate.target, precision)
-            _require_runtime(candidate)
-            _require_reachable(candidate, checks[pruner])
+            _require_runtime(candidate, device_of(runtime, candidate))
+            limit = math.inf
+            if job.model.trainable:
+                known = check_of(pruner, candidate)
+                compression.budget.require_reachable(known, budget, job.profile.channel_divisor)
+                limit = budget.resolve(known["flops"])
         except ToolkitError as error:
+            errors.append(error)
             left_out.append(LeftOut(label, error.message, error.hint))
         else:
-            found.append(Candidate(label, candidate))
+            found.append(Candidate(label, candidate, limit))
+    if not found and len({error.message for error in errors}) == 1:
+        raise errors[0]
     return found, left_out
 
 
-def _require_runtime(job: Job) -> None:
+def _once(look: Callable[[Job], T]) -> Callable[[str, Job], T]:
+    """Return what looks once for each name, and then says the same again, a failure too."""
+    known: dict[str, T | ToolkitError] = {}
+
+    def again(name: str, job: Job) -> T:
+        if name not in known:
+            try:
+                known[name] = look(job)
+            except ToolkitError as error:
+                known[name] = error
+        said = known[name]
+        if isinstance(said, ToolkitError):
+            raise said
+        return said
+
+    return again
+
+
+def _require_runtime(job: Job, device: Device) -> None:
     """Raise StageError when a job's device cannot run its engine, as far as that is known now."""
-    device, runtime = pipeline.destination(job).device, job.target.runtime
+    runtime = job.target.runtime
     if job.target.on_cpu and runtime not in device.facts()["runtimes"]:
         raise StageError(
             f"{places.NAMES[runtime]} is not installed on {device.name}",
@@ -119,14 +155,11 @@ def _require_runtime(job: Job) -> None:
         )
 
 
-def _require_reachable(job: Job, stages: Runner) -> None:
-    """Raise UsageError when a job's model or budget cannot be, as far as that is known before any training."""
-    if "check" not in stages.artifacts and job.model.trainable:
-        with contextlib.suppress(Reached):
-            networks.compress(job, stages)
-    if job.model.trainable:
-        known = stages.artifacts["check"].meta
-        compression.budget.require_reachable(known, job.budget, job.profile.channel_divisor)
+def _checked(job: Job, stages: Runner) -> dict[str, Any]:
+    """Return what is known of a job's model before any training."""
+    with contextlib.suppress(Reached):
+        networks.compress(job, stages)
+    return stages.artifacts["check"].meta
 
 
 def halve(found: Sequence[Candidate], score: Callable[[Candidate], float]) -> tuple[list[Candidate], list[LeftOut]]:

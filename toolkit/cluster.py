@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import toolkit
-from toolkit import compression, networks, workers
+from toolkit import compression, workers
 from toolkit.console import Console
 from toolkit.errors import StageError, ToolkitError, UsageError, disk_errors
 from toolkit.job import Job
-from toolkit.stages import Planner, Reached, silenced
+from toolkit.stages import silenced
 from toolkit.store import Artifact, DamagedError, Store
 from toolkit.workers import Make
 from toolkit.workload import TORCHVISION, Model
@@ -36,12 +36,12 @@ class Sent:
     """What comes back from a machine of the cluster.
 
     Attributes:
-        became: What became of the networks.
+        error: What kept the networks from being made.
         folders: Artifacts that were made there, as tar files.
         searches: Files of what the pruners' searches have found out.
     """
 
-    became: str
+    error: ToolkitError | None
     folders: dict[Key, bytes]
     searches: dict[str, bytes]
 
@@ -69,7 +69,7 @@ def connected(address: str, parallel: int, job: Job) -> Iterator[Make]:
     except ModuleNotFoundError as missing:
         raise UsageError(
             f"--ray needs a package that is not installed: {missing.name}",
-            "install it with: python3 -m pip install 'edge-toolkit[ray]', or use --parallel N on this machine",
+            "in the toolkit's checkout: python3 -m pip install -e '.[ray]'; or use --parallel N on this machine",
         ) from missing
     with tempfile.TemporaryDirectory() as folder:
         stage(job, Path(folder))
@@ -154,44 +154,44 @@ def run(job: Job, until: str, known: Mapping[Key, Any], searches: Mapping[str, b
         for (stage, key), content in known.items():
             store.receive(stage, key, functools.partial(fetch, content))
         _write(searches, store)
-    became = workers.compress(job, until, Console(quiet=True))
-    found = found_of(job, until)
+    error = workers.compress(job, until, Console(quiet=True))
+    found = workers.found_of(job, until)
     made = {name: _pack(artifact.path) for name, artifact in found.items() if name not in known}
-    return Sent(became, made, _searches(found, store))
+    return Sent(error, made, _searches(found, store))
 
 
-def found_of(job: Job, until: str) -> dict[Key, Artifact]:
-    """Return the artifacts of a job's networks that are in its store."""
-    planner = Planner(Store(job.build / "store"), Console(quiet=True), until, fast=job.fast)
-    with silenced(), contextlib.suppress(Reached, ToolkitError):
-        networks.compress(job, planner)
-    return {(artifact.stage, artifact.key): artifact for artifact in planner.artifacts.values()}
-
-
-def _make(share: Mapping[str, float], jobs: Sequence[Job], until: str) -> Iterator[tuple[int, str]]:
+def _make(
+    share: Mapping[str, float], jobs: Mapping[str, Job], until: str
+) -> Iterator[tuple[str, ToolkitError | None]]:
     import ray
 
     task = ray.remote(run).options(**share)
     contents: dict[Key, Any] = {}
-    pending: dict[Any, int] = {}
+    pending: dict[Any, str] = {}
     try:
-        for index, job in enumerate(jobs):
-            found = found_of(job, until)
+        for name, job in jobs.items():
+            found = workers.found_of(job, until)
             if until in {stage for stage, _ in found}:
-                yield index, "made"
+                yield name, None
                 continue
-            for name, artifact in found.items():
-                if name not in contents:
-                    contents[name] = ray.put(_pack(artifact.path))
-            known = {name: contents[name] for name in found}
+            for key, artifact in found.items():
+                if key not in contents:
+                    contents[key] = ray.put(_pack(artifact.path))
+            known = {key: contents[key] for key in found}
             searches = _searches(found, Store(job.build / "store"))
-            pending[task.remote(there(job), until, known, searches)] = index
+            pending[task.remote(there(job), until, known, searches)] = name
         while pending:
             (done, *_), _ = ray.wait(list(pending))
             sent: Sent = ray.get(done)
-            index = pending.pop(done)
-            _take(sent, jobs[index])
-            yield index, sent.became
+            name = pending.pop(done)
+            _take(sent, jobs[name])
+            arrived = {stage for stage, _ in workers.found_of(jobs[name], until)}
+            if sent.error is None and until not in arrived:
+                raise StageError(
+                    "the cluster has made networks under other keys than this machine's",
+                    "install the same versions of the toolkit, PyTorch and torchvision there",
+                )
+            yield name, sent.error
     except BaseException:
         for waiting in pending:
             ray.cancel(waiting, force=True)

@@ -73,7 +73,15 @@ class Job:
             return None
         contract = self.profile.contract
         drop = contract.max_accuracy_drop
+        if drop is not None and self.quantization_drop is not None:
+            drop -= self.quantization_drop
         return max(contract.min_accuracy or 0.0, 0.0 if drop is None else baseline - drop)
+
+    @property
+    def quantization_drop(self) -> float | None:
+        """What a lower precision may take of the contract's accuracy drop: half; None where there is no limit."""
+        drop = self.profile.contract.max_accuracy_drop
+        return None if drop is None or self.precision == "fp32" else drop / 2
 
     @property
     def recipe(self) -> Recipe:

@@ -228,13 +228,11 @@ def quantize(
         stages.skip("quantize", "not needed for fp32")
         return exported
     spelling, images = engines.spelling(job.target), job.profile.calibration_images
-    drop = job.profile.contract.max_accuracy_drop
-    allowed = None if drop is None else drop / 2  # the other half is for pruning
     config: dict[str, Any] = {
         "precision": job.precision,
         "spelling": spelling,
         "images": images,
-        "allowed": allowed,
+        "allowed": job.quantization_drop,
     }
     inputs = {"data": data, "exported": exported}
     retrain = None
@@ -258,7 +256,7 @@ def quantize(
             job.precision,
             spelling,
             images,
-            allowed,
+            job.quantization_drop,
             retrain,
             always=job.recipe.qat == "always",
         ),

@@ -6,13 +6,13 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from toolkit import candidates, networks, pipeline, runs, units, workers
+from toolkit import candidates, engines, networks, pipeline, runs, units, workers
 from toolkit.candidates import Axes, Candidate, LeftOut
 from toolkit.console import Console
 from toolkit.delivery import upkeep
@@ -64,10 +64,15 @@ def execute(
 
     Raises:
         UsageError: No candidate can be, or a fleet is meant.
-        StageError: The cluster cannot be reached.
+        ToolkitError: The cluster cannot be reached, or what all candidates share cannot be made.
     """
     if job.target.fleet:
         raise UsageError("candidates are measured on one device, and a fleet is meant", "give --host")
+    if job.gpus is not None and (parallel or ray):
+        raise UsageError(
+            "--gpus has several GPUs train one network, and --parallel and --ray make several networks at a time",
+            "leave out one of them",
+        )
     if halving and len(set(axes.pruners)) < 2:
         raise UsageError("--halving compares pruners at the same budget, and there is one", "give --pruner several")
     if shared := rerun - _A_CANDIDATE:
@@ -83,13 +88,16 @@ def execute(
             console.warn(str(one))
         if not found:
             raise UsageError(f"{left_out[0].label}: {left_out[0].reason}", left_out[0].hint)
-        if halving:
-            _prepare([replace(one, job=_shortened(one.job)) for one in found], make, console, "finetune")
-            found, worse = candidates.halve(found, lambda one: _score(one, console))
-            left_out += worse
-            for dropped in worse:
-                console.warn(str(dropped))
-        _prepare(found, make, console)
+        if job.model.trainable:
+            _share(found, make)
+            if halving:
+                _make([replace(one, job=_shortened(one.job)) for one in found], _network, make, console, "finetune")
+                found, worse = candidates.halve(found, lambda one: _score(one, console))
+                left_out += worse
+                for dropped in worse:
+                    console.warn(str(dropped))
+            made = _make(found, _network, make, console, "export")
+            _make(made, _graph, make, console, "reference")
     measured, brief = [], Console(quiet=console.quiet, brief=True)
     for number, candidate in enumerate(found, 1):
         console.say(f"candidate {number} of {len(found)}: {candidate.label}")
@@ -113,42 +121,67 @@ def _score(candidate: Candidate, console: Console) -> float:
     stages = Runner(store, Console(quiet=console.quiet, brief=True), "finetune", fast=job.fast)
     with store.in_use(), silenced(), contextlib.suppress(Reached):
         networks.compress(job, stages)
-    accuracy: float = stages.artifacts["finetune"].meta["history"][-1]["val"]
+    history = stages.artifacts["finetune"].meta["history"] or stages.artifacts["train"].meta["history"]
+    accuracy: float = history[-1]["val"] if history else 0.0  # neither trained nor fine-tuned
     console.say(f"{candidate.label}: validation {accuracy:.2%} after {job.recipe.finetune_epochs} epochs")
     return accuracy
 
 
 def _workers(
     job: Job, axes: Axes, parallel: int | None, ray: str | None, console: Console
-) -> contextlib.AbstractContextManager[Make | None]:
-    """Return what makes several networks at a time; None where each is made by its candidate's own run."""
+) -> contextlib.AbstractContextManager[Make]:
+    """Return what makes several networks at a time."""
     if ray is not None:
         from toolkit import cluster
 
         return cluster.connected(ray, parallel or 1, job)
-    several = len(set(axes.budgets)) * len(set(axes.pruners)) if job.model.trainable else 1
-    if several > 1 and parallel is None:
+    several = len(set(axes.budgets)) * len(set(axes.pruners)) * len(set(axes.precisions))
+    if not job.model.trainable or several == 1 or job.gpus is not None:
+        parallel = 1
+    elif parallel is None:
         with silenced():  # before PyTorch is imported, whose progress bars ask once
             parallel = workers.fitting()
-    parallel = min(several, parallel or 1)
-    return contextlib.nullcontext() if parallel == 1 else workers.processes(parallel, console)
+    return workers.processes(min(several, parallel), console)
 
 
-def _prepare(found: Sequence[Candidate], make: Make | None, console: Console, until: str = "reference") -> None:
-    """Make the networks of candidates; first what several share, a pruner at a time: the training, its search.
+def _share(found: Sequence[Candidate], make: Make) -> None:
+    """Make what several candidates share, a pruner at a time: the training, and its search.
 
-    Whatever keeps one from being made is said by that candidate's own run.
+    A budget that prunes nothing needs no search, the smallest one does. What keeps one pruner from it is said by
+    the runs of its candidates; what keeps all of them is raised.
     """
-    if make is None:
-        return
+    smallest = {one.job.profile.pruner: one.job for one in sorted(found, key=lambda one: -one.flops)}
+    errors = [error for one in smallest.items() for _, error in make(dict([one]), "prune") if error]
+    if len(errors) == len(smallest):
+        raise errors[0]
+
+
+def _network(job: Job) -> str:
+    """Return what sets a job's network apart."""
+    return f"{job.budget} {job.profile.pruner}"
+
+
+def _graph(job: Job) -> str:
+    """Return what sets the graph apart that a job's engine is built from."""
+    return f"{_network(job)} {job.precision} {engines.spelling(job.target)}"
+
+
+def _make(
+    found: Sequence[Candidate], what: Callable[[Job], str], make: Make, console: Console, until: str
+) -> list[Candidate]:
+    """Make what candidates need up to a stage, once what several share; returns those that have it.
+
+    Whatever keeps one from it is said by that candidate's own run.
+    """
     begun = time.monotonic()
-    for first in {one.job.profile.pruner: one for one in reversed(found)}.values():
-        for _ in make([first.job], "prune"):
-            pass
-    several = list({(one.job.profile.pruner, str(one.job.budget)): one for one in reversed(found)}.values())
-    for index, became in make([one.job for one in several], until):
-        seconds = time.monotonic() - begun
-        console.say(f"networks of {several[index].label} {became} after {units.duration(seconds)}")
+    jobs = {what(one.job): one.job for one in found}
+    failed = set()
+    for name, error in make(jobs, until):
+        if error:
+            failed.add(name)
+        became = f"not made: {error.message}" if error else f"made after {units.duration(time.monotonic() - begun)}"
+        console.say(f"{name}: {until} {became}")
+    return [one for one in found if what(one.job) not in failed]
 
 
 def _conclude(
@@ -172,8 +205,9 @@ def _conclude(
         rows = {row["label"]: row for row in comparison.tabulate(entries)}
         told = [_told(candidate, document, rows.get(candidate.label)) for candidate, document in measured]
         recommended, why = candidates.choose(told)
-        current = _current(job)
-        incumbent = None if current in [one["release"] for one in told] else _recorded(job, store, current)
+        current = _current(measured[0][0].job, console)
+        known = current is None or current in [one["release"] for one in told]
+        incumbent = None if known else _recorded(job, store, current, measured)
         outcome = None
         if commit and recommended is not None:
             best = next(candidate for candidate, _ in measured if candidate.label == recommended)
@@ -249,19 +283,27 @@ def _release(document: Mapping[str, Any]) -> str | None:
     return pushed[-1] if pushed else None
 
 
-def _current(job: Job) -> str | None:
-    """Return the release that the device runs."""
-    installed = upkeep.listed(Agent(pipeline.destination(job).device))
+def _current(job: Job, console: Console) -> str | None:
+    """Return the release that the device runs; None, with a warning, where it cannot be asked any more."""
+    try:
+        installed = upkeep.listed(Agent(pipeline.destination(job).device))
+    except StageError as error:
+        console.warn(f"which release is current is not known: {error.message}")
+        return None
     return next((release.id for release in installed if release.current), None)
 
 
-def _recorded(job: Job, store: Store, release: str | None) -> comparison.Entry | None:
-    """Return the newest run of the same data that has measured a release, if it is still there."""
+def _recorded(
+    job: Job, store: Store, release: str | None, measured: Sequence[tuple[Candidate, Mapping[str, Any]]]
+) -> comparison.Entry | None:
+    """Return the newest run that has measured a release on the same device and data, if it is still there."""
+    devices = [document["bench"]["device"] for _, document in measured if document["bench"]]
     for path in sorted((job.build / "runs").glob("*/run.json"), reverse=True):
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != RUN_FORMAT or document["target"] != job.target.name or not document["bench"]:
             continue
-        if _release(document) == release and document["workload"]["data"] == str(job.data):
+        alike = document["workload"]["data"] == str(job.data) and document["bench"]["device"] in devices
+        if alike and _release(document) == release:
             with contextlib.suppress(StageError):  # gc has removed what was measured
                 bench = recorded.artifact(store, document, "bench")
                 return comparison.Entry("current release", document, bench, current=True)

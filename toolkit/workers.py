@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,20 +17,21 @@ from toolkit import networks
 from toolkit.console import Console
 from toolkit.errors import StageError, ToolkitError
 from toolkit.job import Job
-from toolkit.stages import Reached, Runner, silenced
-from toolkit.store import Store
+from toolkit.stages import Planner, Reached, Runner, silenced
+from toolkit.store import Artifact, Store
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
 
+_PR_SET_PDEATHSIG = 1  # prctl.h
 _MEMORY = 4e9  # bytes that a training on the CPU may take; ResNet20 on CIFAR-10 takes 1.7e9
 
-Make = Callable[[Sequence[Job], str], Iterator[tuple[int, str]]]
-"""Makes the networks of jobs up to a stage; yields each job's index, and what became of it, as they end."""
+Make = Callable[[Mapping[str, Job], str], Iterator[tuple[str, ToolkitError | None]]]
+"""Makes the networks of named jobs up to a stage; yields each name, and what kept it from that, as they end."""
 
 
-def compress(job: Job, until: str, console: Console) -> str:
-    """Make the networks of a job up to a stage; returns what became of them."""
+def compress(job: Job, until: str, console: Console) -> ToolkitError | None:
+    """Make the networks of a job up to a stage; returns what kept it from that."""
     store = Store(job.build / "store")
     with store.in_use(), silenced():
         try:
@@ -37,8 +39,16 @@ def compress(job: Job, until: str, console: Console) -> str:
         except Reached:
             pass
         except ToolkitError as error:
-            return f"not made: {error.message}"
-    return "made"
+            return error
+    return None
+
+
+def found_of(job: Job, until: str) -> dict[tuple[str, str], Artifact]:
+    """Return the artifacts of a job's networks that are in its store, by stage and key."""
+    planner = Planner(Store(job.build / "store"), Console(quiet=True), until, fast=job.fast)
+    with silenced(), contextlib.suppress(Reached, ToolkitError):
+        networks.compress(job, planner)
+    return {(artifact.stage, artifact.key): artifact for artifact in planner.artifacts.values()}
 
 
 def fitting() -> int:
@@ -50,11 +60,11 @@ def fitting() -> int:
     return torch.cuda.device_count() or max(1, min(os.cpu_count() or 1, int(available / _MEMORY)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def processes(parallel: int, console: Console) -> Iterator[Make]:
     """Yield what makes so many networks at a time, each in a process with its share of the cores, and one GPU.
 
-    Processes, since trainings in one would share its random numbers. A network alone is made in this one.
+    Processes, since trainings in one would share its random numbers. One at a time are made in this one.
 
     Args:
         parallel: How many.
@@ -67,14 +77,20 @@ def processes(parallel: int, console: Console) -> Iterator[Make]:
     threads = max(1, (os.cpu_count() or 1) // parallel)
     with ProcessPoolExecutor(parallel, context, start, (threads, context.Value("i", 0))) as pool:
 
-        def make(jobs: Sequence[Job], until: str) -> Iterator[tuple[int, str]]:
-            if len(jobs) == 1:
-                yield 0, compress(jobs[0], until, console)
+        def make(jobs: Mapping[str, Job], until: str) -> Iterator[tuple[str, ToolkitError | None]]:
+            missing = {}
+            for name, job in jobs.items():
+                if until in {stage for stage, _ in found_of(job, until)}:
+                    yield name, None
+                else:
+                    missing[name] = job
+            if min(parallel, len(missing)) <= 1:
+                for name, job in missing.items():
+                    yield name, compress(job, until, console)
                 return
             futures = {}
-            for index, job in enumerate(jobs):
-                about = Console(quiet=console.quiet, about=f"{job.budget} {job.profile.pruner}")
-                futures[pool.submit(compress, job, until, about)] = index
+            for name, job in missing.items():
+                futures[pool.submit(compress, job, until, Console(quiet=console.quiet, about=name))] = name
             for future in as_completed(futures):
                 yield futures[future], future.result()
 
@@ -90,7 +106,7 @@ def processes(parallel: int, console: Console) -> Iterator[Make]:
 
 
 def start(threads: int, started: Synchronized[int]) -> None:
-    """Prepare a process: so many threads, the GPUs in turn, and Ctrl-C is left to the one that has started it.
+    """Prepare a process: so many threads, the GPUs in turn, and its end is left to the one that has started it.
 
     Args:
         threads: For each process.
@@ -98,6 +114,7 @@ def start(threads: int, started: Synchronized[int]) -> None:
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # or it would wait for work for ever
     import torch
 
     with started.get_lock():

@@ -178,7 +178,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         UsageError, match="'depgraph' needs a package that is not installed: torch_pruning"
     ) as error:
         pruning.reach(Mixed(), "any", 8, 8, "depgraph")
-    assert "pip install 'edge-toolkit[depgraph]'" in str(error.value.hint)
+    assert "pip install -e '.[depgraph]'" in str(error.value.hint)
 
 
 def test_from_a_checkpoint_and_a_teacher_to_a_tuned_network(tmp_path: Path) -> None:

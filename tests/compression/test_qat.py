@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.compression.test_quantization import SIZE, SPELLINGS, accuracy, exported
-from toolkit import export, files, graphs, networks
+from tests.conftest import job_of
+from toolkit import export, graphs, networks
 from toolkit.compression import calibration, models, qat
 from toolkit.compression import data as datasets
 from toolkit.compression.quantization import Retrain, quantize
@@ -232,15 +233,7 @@ def test_the_tuned_network_is_trained_and_exported_again(data: Artifact, good: C
     work = Work(out, tmp_path, lambda done, total, text: told.append(text))
     asked = SimpleNamespace(make=lambda name, config, inputs, make, amount: (config, inputs, make(work)))
     recipe = RECIPE.model_copy(update={"qat": "always", "qat_epochs": 1, "train_images": 64})
-    job = SimpleNamespace(
-        precision="int8",
-        profile=files.load_profile("host-cpu"),
-        target=files.load_target("host-cpu"),
-        model=Model.parse(f"{__name__}:build"),
-        recipe=recipe,
-        seed=0,
-        teacher=None,
-    )
+    job = job_of(tmp_path, precision="int8", model=Model.parse(f"{__name__}:build"), seed=0).trained_by(recipe)
     config, inputs, meta = networks.quantize(job, asked, data, source, source, source)  # type: ignore[arg-type, misc]
     assert config["recipe"]["qat"] == "always"
     assert set(inputs) == {"data", "exported", "baseline", "tuned"}

@@ -15,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.conftest import job_of
 from toolkit import export, files, graphs, networks
 from toolkit.compression import calibration
 from toolkit.compression import data as datasets
@@ -301,11 +302,12 @@ def test_the_ranges_that_lose_least_are_taken(
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_half_of_the_contracts_drop_is_for_int8(runtime: Any) -> None:
+def test_half_of_the_contracts_drop_is_for_int8(tmp_path: Path, runtime: Any) -> None:
     """Both runtimes of a CPU ask for the same graph."""
-    profile = files.load_profile("host-cpu")
     asked = SimpleNamespace(make=lambda name, config, inputs, make, amount: config)
-    job = SimpleNamespace(precision="int8", profile=profile, target=files.load_target("host-cpu").using(runtime))
+    job = job_of(tmp_path, precision="int8", target=files.load_target("host-cpu").using(runtime))
+    profile = job.profile
+    assert profile.contract.max_accuracy_drop
     assert networks.quantize(job, asked, None, None, None, None) == {  # type: ignore[arg-type]
         "precision": "int8",
         "spelling": "onnxruntime",

@@ -21,6 +21,9 @@ def profile_table(**options: Any) -> None:
     from toolkit.cli import print_json
     from toolkit.console import Console
 
+    for option in ("flops", "rerun"):
+        if options[option]:
+            raise click.UsageError(f"profile-table has widths of its own to measure; leave out --{option}")
     console = Console(quiet=options["quiet"])
     found = bisection.profile(job_from(**options), console)
     if options["as_json"]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from toolkit.commands.options import github, in_container, job_from, junit, run_options
 
@@ -79,9 +80,12 @@ def run(until: str | None, **options: Any) -> None:
                 raise click.UsageError(
                     f"--{name.replace('_', '-')} does not go with 'auto', which measures several"
                 )
-        sweep.go(options, None, commit=True)
+        given = click.get_current_context().get_parameter_source("parallel") is ParameterSource.COMMANDLINE
+        sweep.go(options, options["parallel"] if given else None, commit=True)
     if until == "latency" and options["flops"]:
         raise click.UsageError("--until latency finds the budget itself; leave out --flops")
+    if until == "latency" and options["waves"]:
+        raise click.UsageError("--until latency measures on one device, and --waves are of a fleet; leave one out")
     _go("commit", options, until)
 
 

@@ -22,6 +22,8 @@ def go(
 
     flops, precision, runtime, pruner = (options.get(key) for key in ("flops", "precision", "runtime", "pruner"))
     plain = options | dict.fromkeys(("flops", "precision", "runtime", "pruner"))
+    if precision:  # the profile's may be one that is not asked for
+        plain["precision"] = next((word for word in precision.split(",") if word != "auto"), "fp32")
     for option, given in (("--flops", flops), ("--pruner", pruner)):
         if given and options["model"].startswith("onnx:"):
             raise UsageError("an ONNX file is not pruned to a budget", f"leave out {option}")

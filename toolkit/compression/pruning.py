@@ -52,7 +52,7 @@ def _module(pruner: PrunerName) -> ModuleType:
     except ModuleNotFoundError as missing:
         raise UsageError(
             f"the pruner 'depgraph' needs a package that is not installed: {missing.name}",
-            "install it with: python3 -m pip install 'edge-toolkit[depgraph]', or use --pruner fastnas",
+            "in the toolkit's checkout: python3 -m pip install -e '.[depgraph]'; or use --pruner fastnas",
         ) from missing
     return depgraph
 

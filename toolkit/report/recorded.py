@@ -48,7 +48,7 @@ def nearest(build: Path, document: Mapping[str, Any]) -> str | None:
     Returns:
         None where that run lost no more accuracy than it may, or was not pruned to a budget.
     """
-    if document["budget"] is None or not _too_much_lost(document):
+    if document["budget"] is None or "failed" not in _accuracy(document):
         return None
     alike = ("format", "target", "profile", "workload", "fast")
     others = (json.loads(path.read_text(encoding="utf-8")) for path in (build / "runs").glob("*/run.json"))
@@ -58,7 +58,7 @@ def nearest(build: Path, document: Mapping[str, Any]) -> str | None:
         if all(other.get(key) == document[key] for key in alike)
         and other["verdict"]
         and other["engine"]["precision"] == document["engine"]["precision"]
-        and not _too_much_lost(other)
+        and _accuracy(other) == {"passed"}
     ]
     if not keeping:
         return (
@@ -69,9 +69,10 @@ def nearest(build: Path, document: Mapping[str, Any]) -> str | None:
     return f"the nearest budget here that kept enough of it is {best['budget']} (run {best['run']})"
 
 
-def _too_much_lost(document: Mapping[str, Any]) -> bool:
+def _accuracy(document: Mapping[str, Any]) -> set[str]:
+    """Return what became of the clauses on accuracy; nothing of a probe, which is judged without them."""
     lines = document["verdict"]["lines"] if document["verdict"] else []
-    return any(line["what"] in ("accuracy", "accuracy drop") and line["status"] == "failed" for line in lines)
+    return {line["status"] for line in lines if line["what"] in ("accuracy", "accuracy drop")}
 
 
 def write(build: Path, documents: Sequence[Mapping[str, Any]], out: Path | None) -> Path:
@@ -158,7 +159,10 @@ def _entries(store: Store, documents: Sequence[Mapping[str, Any]]) -> tuple[list
             if host["bench"] is None:
                 left_out.append(f"{host['host']} was not measured: {host['reason']}")
             else:
-                entries.append(Entry(host["host"], whole, artifact(store, whole, "bench")))
+                label = (
+                    host["host"] if len(documents) == 1 else f"{host['host']} {document['run'].rpartition('-')[2]}"
+                )
+                entries.append(Entry(label, whole, artifact(store, whole, "bench")))
     if not entries:
         raise _unmeasured(documents[0])
     return entries, left_out
