@@ -7,10 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 TARGETS := $(sort $(basename $(notdir $(wildcard targets/*.yaml))))
 # only what was typed counts: HOST, MODEL or SEED may stand in somebody's environment
-given = $(if $(findstring command,$(origin $(1))),$(2) $($(1)))
+typed = $(if $(findstring command,$(origin $(1))),$($(1)))
+given = $(if $(typed),$(2) '$(typed)')
 OPTIONS = $(call given,HOST,--host) $(call given,HOSTS,--hosts) $(call given,GROUP,--group) $(call given,DATA,--data) $(call given,MODEL,--model) \
           $(call given,PROFILE,--profile) $(call given,FLOPS,--flops) $(call given,PRECISION,--precision) \
-          $(call given,SEED,--seed) $(if $(call given,FAST),--fast) $(call given,GPUS,--gpus) $(call given,ARGS)
+          $(call given,SEED,--seed) $(if $(filter-out 0,$(call typed,FAST)),--fast) $(call given,GPUS,--gpus) $(call typed,ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-containers test-arm64 lint containers clean $(TARGETS)
@@ -35,7 +36,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo 'error: no virtual environment can be made; on Debian: apt-get install python3-venv' >&2; exit 2; }
 	@echo 'installing into $(VENV): PyTorch and its libraries are several gigabytes, this takes a few minutes'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[depgraph,dev,openvino,ray,rtx]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[depgraph,dev,openvino,ray,rtx]'
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > $(VENV)/compileall.log || true  # as pip does, but on every core
 	@touch $@
 
 demo: install
@@ -43,13 +45,13 @@ demo: install
 
 # a worker a core; threads that wait for each other by spinning would slow the others down
 test: install
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(call given,ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(call typed,ARGS)
 
 test-containers: install
-	@$(BIN)/python -m pytest -m containers $(call given,ARGS)
+	@$(BIN)/python -m pytest -m containers $(call typed,ARGS)
 
 test-arm64: install
-	@$(BIN)/python -m pytest -m arm64 $(call given,ARGS)
+	@$(BIN)/python -m pytest -m arm64 $(call typed,ARGS)
 
 containers: install
 	@$(BIN)/toolkit containers build

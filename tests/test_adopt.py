@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -355,7 +356,7 @@ def test_inputs_are_split_by_turns(tmp_path: Path) -> None:
         assert np.array_equal(datasets.load_images(data, "train"), pixels[::2])
         assert np.array_equal(datasets.load_images(data, "test"), pixels[1::2])
         assert set(data.files) == {"train.images.npy", "test.images.npy"}
-        Store(tmp_path / "store").collect_garbage(set(), remove=True)
+        Store(tmp_path / "store").collect_garbage(set(), time.time(), remove=True)
 
 
 def test_random_inputs_are_the_same_every_time(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from toolkit import config, files, workload
+from toolkit.config import Flops
 from toolkit.errors import UsageError
 
 
@@ -30,6 +33,7 @@ def test_every_shipped_file_is_valid(kind: str) -> None:
         ("precision: fp32\n", ":1: the key 'flops' is missing"),
         ("flops: 60%\nflops: 50%\n", ":2: 'flops' stands here a second time"),
         ("flops: [60%\n", ":2: "),
+        ("flops: 60%\n\x01: x\n", "special characters are not allowed"),
         ("- a\n- b\n", ":1: a table of keys is expected"),
         ("name: x\nflops: 60%\n", ":1: 'name' is the file's own name"),
         ("flops: 60%\nrecipes: {digits: {epoch: 2}}\n", "a recipe has no key 'epoch'; did you mean 'epochs'?"),
@@ -51,6 +55,33 @@ def test_what_is_wrong_in_a_profile_is_named_with_file_and_line(tmp_path: Path, 
     assert error.value.message.startswith(str(path))
     assert expected in error.value.message
     assert error.value.hint
+
+
+def test_a_word_is_no_truth_value(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    t4 = files.names("targets")["t4"].read_text()
+    path.write_text(t4.replace("build:\n", "build:\n  on: no\n"))
+    assert files.read_file(config.Target, path).build.on == "no"
+    path.write_text("flops: 60%\nrecipe: {flip: false, teacher: true}\n")
+    recipe = files.read_file(config.Profile, path).recipe
+    assert (recipe.flip, recipe.teacher) == (False, True)
+
+
+@pytest.mark.parametrize(("kind", "model"), [("profiles", config.Profile), ("targets", config.Target)])
+def test_every_key_is_explained(kind: str, model: type[BaseModel]) -> None:
+    text = (next(iter(files.names(kind).values())).parent / "README.md").read_text()
+    missing = [key for key in keys(model) if f"`{key}`" not in text and f".{key}`" not in text]
+    assert not missing
+
+
+def keys(model: type[BaseModel]) -> Iterator[str]:
+    """Yield the keys that a file has, those of the tables in it among them."""
+    for key, field in model.model_fields.items():
+        table = field.annotation
+        if isinstance(table, type) and issubclass(table, config.Strict) and table is not Flops:
+            yield from keys(table)
+        elif key != "name":
+            yield key
 
 
 def test_the_working_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

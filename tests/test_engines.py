@@ -28,7 +28,7 @@ from toolkit.stages import Runner
 from toolkit.store import Artifact, Store, Work
 from toolkit.workload import Model
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install 'edge-toolkit[rtx]'")
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install -e '.[rtx]'")
 
 NEW_GPUS = ["sm_80", "sm_86", "sm_89", "sm_120"]
 

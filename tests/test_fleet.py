@@ -270,7 +270,7 @@ def test_a_push_and_what_is_done_once(server: Server, folder: Path) -> None:
     assert hosts == {}
     plan = run_toolkit(folder, "plan", "tiny", "--hosts", "d,e", "--precision", "int8").stdout.splitlines()
     assert plan[0] == "on d, the first of 2 hosts"
-    assert [line.split()[0] for line in plan if "would" in line] == ["push", "bench", "compare", "report"]
+    assert [line.split()[0] for line in plan if "would" in line] == ["push", "bench", "report"]
 
 
 @needs_sshd

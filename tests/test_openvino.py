@@ -25,7 +25,7 @@ from toolkit.devices.local import LocalDevice
 from toolkit.engines import places
 from toolkit.errors import StageError
 
-openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'edge-toolkit[openvino]'")
+openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -e '.[openvino]'")
 
 CPU = Target(name="a-cpu", profile="tiny", runtime="openvino", root="/releases")
 CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

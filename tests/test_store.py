@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from toolkit import runs
 from toolkit.errors import StageError, UsageError
 from toolkit.store import Artifact, DamagedError, Store, Work
 
@@ -192,17 +193,40 @@ Store(Path({str(store.root)!r})).produce("stage", "k", make, config={{}}, inputs
 def test_garbage_keeps_what_is_referred_to(store: Store) -> None:
     produce(store, "kept")
     produce(store, "gone")
-    listed = store.collect_garbage({("stage", "kept")}, remove=False)
+    listed = store.collect_garbage({("stage", "kept")}, time.time(), remove=False)
     assert [path.name for path, _ in listed] == ["gone"]
     assert store.lookup("stage", "gone")
-    store.collect_garbage({("stage", "kept")}, remove=True)
+    store.collect_garbage({("stage", "kept")}, time.time(), remove=True)
     assert store.lookup("stage", "gone") is None
     assert store.lookup("stage", "kept")
 
 
 def test_garbage_is_not_collected_under_a_run(store: Store) -> None:
     with store.in_use(), pytest.raises(StageError, match="a run is using"):
-        store.collect_garbage(set(), remove=True)
+        store.collect_garbage(set(), time.time(), remove=True)
+
+
+def test_garbage_is_nothing_that_an_interrupted_run_goes_on_with(tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    store = Store(build / "store")
+    produce(store, "old")
+    time.sleep(0.02)
+    (build / "runs" / "20260101T000000-a").mkdir(parents=True)
+    time.sleep(0.02)
+    produce(store, "new")
+
+    def broken(work: Work) -> dict[str, Any]:
+        (work.resume / "checkpoint.pt").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.produce("stage", "broken", broken, config={}, inputs={})
+    removed = runs.collect_garbage(build, 5, remove=True)
+    assert [path.name for path, _ in removed] == ["old", "stage-broken"]
+    assert store.lookup("stage", "new")
+    assert (store.root / ".resume" / "stage-broken" / "checkpoint.pt").exists()
+    made = store.produce("stage", "broken", lambda work: {}, config={}, inputs={}, amount=100)
+    assert json.loads((made.path / "artifact.json").read_text())["amount"] is None, "its time is not all of it"
 
 
 def mount(folder: Path, options: str) -> bool:

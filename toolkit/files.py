@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,19 @@ from toolkit.config import Profile, Target
 from toolkit.errors import UsageError
 
 _File = TypeVar("_File", Profile, Target)
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes ``on`` and ``off``, ``yes`` and ``no`` for words, as YAML 1.2 does."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("true|false|True|False|TRUE|FALSE"), list("tfTF")
+)
 
 
 def folders(kind: str) -> Iterator[Path]:
@@ -58,14 +72,16 @@ def read_file(model: type[_File], path: Path) -> _File:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_Loader)
+        content = yaml.load(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}", "check the path and its permissions") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = error.problem or error.context or "not YAML"
         raise UsageError(f"{path}:{line}: {problem}", "correct the YAML there") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}", "correct the YAML there") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}:1: a table of keys is expected here", "see the README in its folder")
     _refuse_duplicates(path, node)

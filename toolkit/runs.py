@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from toolkit import pipeline
+from toolkit import pipeline, units
 from toolkit.console import Console
 from toolkit.engines import places
 from toolkit.errors import ToolkitError, UsageError, disk_errors
@@ -81,7 +81,10 @@ def execute(
         except ToolkitError as caught:
             error = caught
             seen = {done.name for done in stages.done}
-            left = [stage for stage in pipeline.STAGES if stage not in seen]
+            asked = [
+                stage for stage in pipeline.STAGES if until not in pipeline.STAGES[: pipeline.STAGES.index(stage)]
+            ]
+            left = [stage for stage in asked if stage not in seen]
             if rollout is None:
                 console.say(f"not done: {', '.join(left)}; the rest is kept")
         record = document.assemble(name, job, stages, rollout.hosts if rollout else None, error)
@@ -144,11 +147,12 @@ def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
     seen = {done.name for done in planner.done}
     stages = [vars(done) for done in planner.done]
     if error is None:
-        stages += [
-            {"name": name, "cached": False, "seconds": 0.0, "artifact": None, "text": "would run"}
-            for name in pipeline.STAGES
-            if name not in seen
-        ]
+        left_out = set() if job.profile.contract.max_regression else {"compare"}
+        for name in pipeline.STAGES:
+            if name not in seen | left_out:
+                seconds = planner.estimate(name, {}, 1) or 0.0
+                text = f"would run (about {units.duration(seconds)})" if seconds else "would run"
+                stages.append({"name": name, "cached": False, "seconds": seconds, "artifact": None, "text": text})
     pending = [stage for stage in stages if not stage["cached"]]
     record = {
         "target": job.target.name,
@@ -164,6 +168,8 @@ def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
 
 def collect_garbage(build: Path, keep: int, *, remove: bool) -> list[tuple[Path, int]]:
     """List (and remove) artifacts and folders that none of the last ``keep`` runs and sweeps refers to.
+
+    What was made since the last recorded run stays: an interrupted one continues with it.
 
     Returns:
         Each folder with its size in bytes.
@@ -181,7 +187,8 @@ def collect_garbage(build: Path, keep: int, *, remove: bool) -> list[tuple[Path,
         record = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
         for made in (record, *record.get("hosts", ())):
             kept |= set(made.get("artifacts", {}).items())
-    found = Store(build / "store").collect_garbage(kept, remove=remove)
+    since = max((path.stat().st_mtime for path in runs), default=0.0)
+    found = Store(build / "store").collect_garbage(kept, since, remove=remove)
     for path in [*alone[keep:], *sweeps[keep:]]:
         found.append((path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())))
         if remove:

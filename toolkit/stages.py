@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from toolkit.store import Artifact, DamagedError, Progress, Store, Work
 log = logging.getLogger(__name__)
 
 Make = Callable[[Work], dict[str, Any]]
+_COMMANDS = {"commit": "run", "report": "bench"}  # last stage: command, where they have different names
 # raised when a stage makes something else of the same inputs
 VERSIONS = {
     "data": 1,
@@ -175,7 +177,7 @@ class Runner:
 
     def hold(self, device: Device, job: Job) -> None:
         """Keep others from changing a device until :attr:`leases` is closed."""
-        doing = f"toolkit {'run' if self.until == 'commit' else self.until} {job.target.name}"
+        doing = f"toolkit {_COMMANDS.get(self.until, self.until)} {job.target.name}"
         self.leases.enter_context(lease.held(device, doing, job.claim, self.console))
 
     def judged(self, verdict: Verdict, regression: dict[str, Any]) -> None:
@@ -256,7 +258,7 @@ class Planner(Runner):
             text = terminal.describe(name, found.meta)
             self.done.append(Done(name, True, 0.0, found.digest, f"{reused(found.created, found.digest)}: {text}"))
         else:
-            seconds = self._estimate(name, config, amount)
+            seconds = self.estimate(name, config, amount)
             how = f"about {units.duration(seconds)}" if seconds is not None else "no earlier run to go by"
             self.done.append(Done(name, False, seconds or 0.0, None, f"{problem}would run ({how})"))
         if found:
@@ -265,17 +267,21 @@ class Planner(Runner):
             raise Reached(name)
         return found or Artifact.pending(name)
 
-    def _estimate(self, name: str, config: Mapping[str, Any], amount: float | None) -> float | None:
-        """Return seconds by the newest artifact of the stage, of the same model if there is one."""
-        same, other = None, None
-        for _, record in sorted(self.store.records(), key=lambda item: str(item[1]["created"])):
-            if record["stage"] == name:
-                per_unit = record["seconds"] / record["amount"] if record["amount"] else record["seconds"]
-                other = per_unit
+    def estimate(self, name: str, config: Mapping[str, Any], amount: float | None) -> float | None:
+        """Return seconds by what the stage's artifacts took, by the median, of the same model if there are any.
+
+        None where there is nothing to go by: no artifact that was made in one go and to its end, or an amount of
+        work (0) that is not known yet.
+        """
+        same, all_models = [], []
+        for _, record in self.store.records():
+            in_one_go = (record["amount"] or amount is None) and not record["meta"].get("stopped")
+            if record["stage"] == name and in_one_go:
+                all_models.append(record["seconds"] / (record["amount"] or 1))
                 if record["config"].get("model") == config.get("model"):
-                    same = per_unit
-        rate = same if same is not None else other
-        return None if rate is None else rate * (amount or 1)
+                    same.append(all_models[-1])
+        rates = same or all_models
+        return statistics.median(rates) * (1 if amount is None else amount) if rates and amount != 0 else None
 
     def skip(self, name: str, why: str) -> None:
         """Note that a stage has nothing to do."""

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,6 +137,7 @@ class Store:
         self.root = root
         self._making: set[tuple[str, str]] = set()
         self._remade: set[tuple[str, str]] = set()
+        self._ready = False
         marker = root / "store.json"
         try:
             version = json.loads(marker.read_text())["format"] if marker.exists() else FORMAT
@@ -154,20 +154,21 @@ class Store:
         """Folder of what pruners' searches have found out, which all budgets of a baseline share."""
         return self.root / ".search"
 
-    @cached_property
-    def _ready(self) -> bool:
-        """Make the folders, once, when something is first written."""
+    def _make_ready(self) -> None:
+        """Make the folders when something is first written."""
+        if self._ready:
+            return
         for folder in (".partial", ".resume", ".locks"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         if not (self.root / "store.json").exists():
             write_json(self.root / "store.json", {"format": FORMAT})
-        return True
+        self._ready = True
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Keep garbage collection away while a run reads and writes here."""
         with disk_errors(self.root, "the store"):
-            assert self._ready
+            self._make_ready()
             descriptor = os.open(self.root / ".locks" / "users", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -238,7 +239,8 @@ class Store:
             config: Recorded beside the result.
             inputs: Recorded beside the result.
             fast: Whether the result comes from a fast run.
-            amount: How much work it is, in a unit of the stage's own; later plans estimate time from it.
+            amount: How much work it is, in a unit of the stage's own; later plans estimate time from it, where it
+                was done in one go.
             rerun: Make it anew even where it is; once by this store object, which the hosts of a fleet share.
             stale: Whether one that is there has to be made anew nevertheless.
             progress: Handed to ``make``.
@@ -257,6 +259,8 @@ class Store:
             shutil.rmtree(work.out, ignore_errors=True)
             work.out.mkdir(parents=True)
             work.resume.mkdir(exist_ok=True)
+            if any(work.resume.iterdir()):  # what was done before is not in this one's time
+                amount = None
             started = time.monotonic()
             meta = make(work)
             artifact = self._commit(
@@ -358,7 +362,7 @@ class Store:
 
     @contextmanager
     def _locked(self, stage: str, key: str, progress: Progress, warn: Callable[[str], None]) -> Iterator[None]:
-        assert self._ready
+        self._make_ready()
         lock = FileLock(self.root / ".locks" / f"{stage}-{key}")
         try:
             lock.acquire(timeout=0)
@@ -383,11 +387,12 @@ class Store:
             except DamagedError as damage:
                 log.warning("%s", damage)
 
-    def collect_garbage(self, keep: set[tuple[str, str]], *, remove: bool) -> list[tuple[Path, int]]:
+    def collect_garbage(self, keep: set[tuple[str, str]], since: float, *, remove: bool) -> list[tuple[Path, int]]:
         """List (and remove) the artifacts that are not in ``keep``, and what broken runs left behind.
 
         Args:
             keep: (stage, key) of what stays.
+            since: Time, in seconds of the epoch: what was made later stays, whoever interrupted run it is of.
             remove: Whether to remove what is listed.
 
         Returns:
@@ -399,15 +404,16 @@ class Store:
         if not self.root.is_dir():
             return []
         with disk_errors(self.root, "the store"):
-            assert self._ready
+            self._make_ready()
             with self._unused():
                 folders = [
                     path
                     for path in self.root.glob("[!.]*/*")
                     if path.is_dir() and (path.parent.name, path.name) not in keep
                 ]
+                old = [path for path in (*folders, *self.root.glob(".resume/*")) if path.stat().st_mtime <= since]
                 found = []
-                for path in [*folders, *self.root.glob(".partial/*"), *self.root.glob(".resume/*")]:
+                for path in [*old, *self.root.glob(".partial/*")]:
                     found.append((path, sum(f.stat().st_size for f in path.rglob("*") if f.is_file())))
                     if remove:
                         shutil.rmtree(path)

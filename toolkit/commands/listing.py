@@ -23,9 +23,14 @@ def group(kind: Literal["targets", "profiles"]) -> click.Group:
     @files.command("list", help=f"List the {kind}: the working folder's and the shipped ones.")
     def listed() -> None:
         from toolkit import files
+        from toolkit.errors import UsageError
 
         for name, path in sorted(files.names(kind).items()):
-            click.echo(f"{name:<18} {_read(kind, path).description}")
+            try:
+                text = _read(kind, path).description
+            except UsageError as error:
+                text = f"not valid: {error.message.splitlines()[0]}"
+            click.echo(f"{name:<18} {text}")
 
     @files.command(help=f"Show a {singular} with every default filled in.")
     @click.argument("name", shell_complete=complete(kind))

@@ -30,9 +30,8 @@ def plan(**options: Any) -> None:
         seconds = planned.document["seconds"]
         pending = sum(not stage["cached"] for stage in planned.document["stages"])
         known = "" if planned.document["complete"] else " for the stages that have been run before"
-        click.echo(
-            f"{pending} stages to run, about {units.duration(seconds)}{known}" if pending else "nothing to run"
-        )
+        about = f", about {units.duration(seconds)}{known}" if seconds else ""
+        click.echo(f"{pending} stages to run{about}" if pending else "nothing to run")
     if planned.error:
         tell(planned.error)
     raise click.exceptions.Exit(planned.exit_code)

@@ -49,6 +49,7 @@ def report(run: tuple[str, ...], output: Path | None, form: str | None, build_fo
         else:
             text = "\n".join(recorded.markdown(document) for document in documents)
         if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(text + "\n", encoding="utf-8")
         else:
             click.echo(text)

@@ -44,14 +44,15 @@ def run_inside(arguments: Sequence[str], job: Job, say: Say) -> int:
     for path in written:
         with disk_errors(path, "the run"):
             path.mkdir(parents=True, exist_ok=True)
-    given = (job.data.path, job.model.weights, job.teacher and job.teacher.weights)
-    read = [Path(path).absolute() for path in given if path and Path(path).exists()]
+    graph = None if job.model.trainable else job.model.name
+    given = (job.data.path, job.model.weights, job.teacher and job.teacher.weights, graph)
+    read = [Path(path).expanduser().absolute() for path in given if path]
     name = unique_name()
     command = run_command(
         engine,
         image.tag,
         ["toolkit", *arguments],
-        mounts=sorted({str(path) for path in (Path.cwd(), *written, *read)}),
+        mounts=sorted({str(path) for path in (Path.cwd(), *written, *read) if path.exists()}),
         gpu=engine.gpu is not None,
         name=name,
         home=f"{written[0]}/home",
