@@ -19,12 +19,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tests.network import Network, Wire, processes
-from tests.sshd import Server
 from toolkit.agent.releases import identity
 from toolkit.delivery.release import Release
+
+if TYPE_CHECKING:  # they import pytest, which no delivery needs
+    from tests.network import Network, Wire
+    from tests.sshd import Server
 
 KINDS = ("host", "session", "agent", "check", "short cut", "long cut")
 STAGES = ("connect", "inventory", "upload", "install", "activate", "prune")
@@ -238,6 +240,8 @@ class Delivery:
 
 def agents(namespace: str) -> dict[int, str]:
     """Return the agent's processes on a device, with their verbs."""
+    from tests.network import processes
+
     found = {}
     for pid in processes(namespace):
         with contextlib.suppress(OSError):
@@ -378,6 +382,8 @@ class Campaign:
 
 def disturb(network: Network, folder: Path, devices: int, count: int, seed: int) -> Tally:
     """Run a campaign on each of several devices at once, ``count`` faults in all; they wait more than they work."""
+    from tests.sshd import Server
+
     wires = [network.host() for _ in range(devices)]
     servers = [
         Server(folder / f"server-{number}", [f"device-{number}"], address=wire.addresses[1], namespace=wire.far)

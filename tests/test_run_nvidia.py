@@ -82,8 +82,8 @@ def test_from_training_to_a_committed_release(server: Run, finished_copy: Path, 
 
 
 def test_another_tensorrt_makes_another_engine(server: Run) -> None:
-    first = json.loads(server("run", "--precision", "fp16", "--json").stdout)
-    second = json.loads(server("run", "--precision", "fp16", "--json", version="10.16").stdout)
+    first = json.loads(server("build", "--precision", "fp16", "--json").stdout)
+    second = json.loads(server("build", "--precision", "fp16", "--json", version="10.16").stdout)
     assert first["artifacts"]["quantize"] == second["artifacts"]["quantize"]
     assert first["artifacts"]["build"] != second["artifacts"]["build"]
     assert second["engine"]["provider"].startswith("TensorRT 10.16")

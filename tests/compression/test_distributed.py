@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,9 +174,10 @@ def begin(folder: Path, code: str, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_ctrl_c_ends_every_process_and_loses_nothing(tmp_path: Path) -> None:
-    folder = write_job(tmp_path, PROFILE.replace("epochs: 3", "epochs: 12", 1))
+def test_ctrl_c_ends_every_process_and_loses_nothing(finished_copy: Path) -> None:
+    folder = write_job(finished_copy, PROFILE.replace("epochs: 3", "epochs: 5", 1))
     store = folder / "build" / "store"
+    shutil.rmtree(store / "train")
     begun = begin(folder, COMMAND, "train", "tiny", "--gpus", "2")
     wait_until(lambda: list(store.glob(".resume/train-*/checkpoint.pt")) or begun.poll() is not None)
     os.killpg(begun.pid, signal.SIGINT)  # as a terminal does

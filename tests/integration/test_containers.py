@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -37,10 +38,13 @@ BUILT = ("toolkit", "agent", "train", "engine-26.05", "jetson-r10.3.0")
 
 @pytest.fixture(scope="module")
 def bases(daemon: None, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The stand-ins: a slim Python, and the same with TensorRT for RTX in TensorRT's place."""
+    """The stand-in for every base: a slim Python."""
     build_base("amd64", tmp_path_factory.mktemp("base"))
+
+
+def build_tensorrt(folder: Path) -> None:
+    """Build the stand-in for TensorRT's images: the slim Python with TensorRT for RTX."""
     version = metadata.version("tensorrt-rtx-cu13")
-    folder = tmp_path_factory.mktemp("tensorrt")
     install = f"RUN pip install --no-cache-dir --break-system-packages tensorrt-rtx-cu13=={version}"
     (folder / "Dockerfile").write_text(f"FROM {SLIM}\n{install}\n")
     tags = ("standin/tensorrt:26.05-py3", "standin/l4t-tensorrt:r10.3.0-devel")
@@ -48,13 +52,16 @@ def bases(daemon: None, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="module")
-def built(bases: None) -> Iterator[subprocess.CompletedProcess[str]]:
+def built(bases: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.CompletedProcess[str]]:
     """`toolkit containers build`, and one of the images that are not for this architecture."""
-    with pytest.MonkeyPatch.context() as patch:
+    root = images.folder().parent
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
         patch.setenv("TOOLKIT_TRAIN", images.catalogue()["toolkit"].tag)
-        result = run_toolkit(images.folder().parent, "containers", "build", timeout=900)
+        large = pool.submit(run_toolkit, root, "containers", "build", "toolkit", timeout=900)
+        build_tensorrt(tmp_path_factory.mktemp("tensorrt"))
         building.build_image(containers.find_engine(), "jetson-r10.3.0", print)
-        yield result
+        assert large.result().returncode == 0, large.result().stderr
+        yield run_toolkit(root, "containers", "build", timeout=900)  # what is there comes from the cache
 
 
 @pytest.fixture(scope="module")
