@@ -56,7 +56,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
             env=os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while "Ray runtime started" not in log.read_text():
             assert started.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
