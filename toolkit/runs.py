@@ -147,7 +147,7 @@ def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
     seen = {done.name for done in planner.done}
     stages = [vars(done) for done in planner.done]
     if error is None:
-        left_out = set() if job.profile.contract.max_regression else {"compare"}
+        left_out = {"compare"} if job.profile.contract.max_regression is None else set()
         for name in pipeline.STAGES:
             if name not in seen | left_out:
                 seconds = planner.estimate(name, {}, 1) or 0.0
