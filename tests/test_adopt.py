@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from toolkit import adopt, onnxfile
+from toolkit import adopt, garbage, onnxfile
 from toolkit.compression import data as datasets
 from toolkit.compression.quantization import quantize
 from toolkit.errors import StageError, UsageError
@@ -356,7 +356,7 @@ def test_inputs_are_split_by_turns(tmp_path: Path) -> None:
         assert np.array_equal(datasets.load_images(data, "train"), pixels[::2])
         assert np.array_equal(datasets.load_images(data, "test"), pixels[1::2])
         assert set(data.files) == {"train.images.npy", "test.images.npy"}
-        Store(tmp_path / "store").collect_garbage(set(), time.time(), remove=True)
+        garbage.of_store(Store(tmp_path / "store"), set(), time.time(), remove=True)
 
 
 def test_random_inputs_are_the_same_every_time(tmp_path: Path) -> None:

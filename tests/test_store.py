@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from toolkit import runs
+from toolkit import garbage
 from toolkit.errors import StageError, UsageError
 from toolkit.store import Artifact, DamagedError, Store, Work
 
@@ -193,17 +193,17 @@ Store(Path({str(store.root)!r})).produce("stage", "k", make, config={{}}, inputs
 def test_garbage_keeps_what_is_referred_to(store: Store) -> None:
     produce(store, "kept")
     produce(store, "gone")
-    listed = store.collect_garbage({("stage", "kept")}, time.time(), remove=False)
+    listed = garbage.of_store(store, {("stage", "kept")}, time.time(), remove=False)
     assert [path.name for path, _ in listed] == ["gone"]
     assert store.lookup("stage", "gone")
-    store.collect_garbage({("stage", "kept")}, time.time(), remove=True)
+    garbage.of_store(store, {("stage", "kept")}, time.time(), remove=True)
     assert store.lookup("stage", "gone") is None
     assert store.lookup("stage", "kept")
 
 
 def test_garbage_is_not_collected_under_a_run(store: Store) -> None:
     with store.in_use(), pytest.raises(StageError, match="a run is using"):
-        store.collect_garbage(set(), time.time(), remove=True)
+        garbage.of_store(store, set(), time.time(), remove=True)
 
 
 def test_garbage_is_nothing_that_an_interrupted_run_goes_on_with(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_garbage_is_nothing_that_an_interrupted_run_goes_on_with(tmp_path: Path)
 
     with pytest.raises(KeyboardInterrupt):
         store.produce("stage", "broken", broken, config={}, inputs={})
-    removed = runs.collect_garbage(build, 5, remove=True)
+    removed = garbage.collect(build, 5, remove=True)
     assert [path.name for path, _ in removed] == ["old", "stage-broken"]
     assert store.lookup("stage", "new")
     assert (store.root / ".resume" / "stage-broken" / "checkpoint.pt").exists()

@@ -23,7 +23,7 @@ from tests.conftest import job_of, run_toolkit
 from tests.pages import Measured, figure
 from tests.test_adopt import model, network
 from tests.test_report import browser, browser_only, drawn, opened  # noqa: F401
-from toolkit import files, pipeline, runs, sweep, workers
+from toolkit import files, garbage, pipeline, sweep, workers
 from toolkit.agent import facts
 from toolkit.candidates import Axes, Candidate, choose, halve, lay_out, runtimes_for
 from toolkit.config import Flops
@@ -252,7 +252,7 @@ def test_a_sweep_goes_on_where_it_was_interrupted_and_switches_nothing(
     assert "10% fp32 is left out" in page
     told = terminal.sweep(found)
     assert f"→ {found['recommended']}" in told
-    removed = [path.name for path, _ in runs.collect_garbage(finished_copy / "build", 1, remove=False)]
+    removed = [path.name for path, _ in garbage.collect(finished_copy / "build", 1, remove=False)]
     assert not {one["run"] for one in found["candidates"]} & set(removed), "a sweep keeps all that it refers to"
 
 

@@ -1,15 +1,12 @@
-"""A run from outside: executes a job, keeps its record, writes its report; plans; collects garbage."""
+"""A run from outside: executes a job, keeps its record, writes its report; plans."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import secrets
-import shutil
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from toolkit import pipeline, units
@@ -164,37 +161,3 @@ def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
         "error": {"message": error.message, "hint": error.hint} if error else None,
     }
     return Outcome(record, error, error.exit_code if error else 0)
-
-
-def collect_garbage(build: Path, keep: int, *, remove: bool) -> list[tuple[Path, int]]:
-    """List (and remove) artifacts and folders that none of the last ``keep`` runs and sweeps refers to.
-
-    What was made since the last recorded run stays: an interrupted one continues with it.
-
-    Returns:
-        Each folder with its size in bytes.
-    """
-    runs = _newest_first(build / "runs")
-    sweeps = _newest_first(build / "sweeps")
-    of_sweeps: set[str] = set()  # a sweep counts as one run, however many it has made
-    for path in sweeps[:keep]:
-        if (path / "sweep.json").exists():
-            candidates = json.loads((path / "sweep.json").read_text())["candidates"]
-            of_sweeps |= {candidate["run"] for candidate in candidates}
-    alone = [path for path in runs if path.name not in of_sweeps]
-    kept: set[tuple[str, str]] = set()
-    for path in [*alone[:keep], *(path for path in runs if path.name in of_sweeps)]:
-        record = json.loads((path / "run.json").read_text()) if (path / "run.json").exists() else {}
-        for made in (record, *record.get("hosts", ())):
-            kept |= set(made.get("artifacts", {}).items())
-    since = max((path.stat().st_mtime for path in runs), default=0.0)
-    found = Store(build / "store").collect_garbage(kept, since, remove=remove)
-    for path in [*alone[keep:], *sweeps[keep:]]:
-        found.append((path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())))
-        if remove:
-            shutil.rmtree(path)
-    return found
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("*") if path.is_dir()), reverse=True)

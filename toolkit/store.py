@@ -177,7 +177,9 @@ class Store:
             os.close(descriptor)
 
     @contextmanager
-    def _unused(self) -> Iterator[None]:
+    def unused(self) -> Iterator[None]:
+        """Keep runs away while something is removed here; raises StageError when one is using the store."""
+        self._make_ready()
         descriptor = os.open(self.root / ".locks" / "users", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -386,38 +388,6 @@ class Store:
                 yield path.parent, _read_record(path)
             except DamagedError as damage:
                 log.warning("%s", damage)
-
-    def collect_garbage(self, keep: set[tuple[str, str]], since: float, *, remove: bool) -> list[tuple[Path, int]]:
-        """List (and remove) the artifacts that are not in ``keep``, and what broken runs left behind.
-
-        Args:
-            keep: (stage, key) of what stays.
-            since: Time, in seconds of the epoch: what was made later stays, whoever interrupted run it is of.
-            remove: Whether to remove what is listed.
-
-        Returns:
-            Each folder with its size in bytes.
-
-        Raises:
-            StageError: A run is using the store.
-        """
-        if not self.root.is_dir():
-            return []
-        with disk_errors(self.root, "the store"):
-            self._make_ready()
-            with self._unused():
-                folders = [
-                    path
-                    for path in self.root.glob("[!.]*/*")
-                    if path.is_dir() and (path.parent.name, path.name) not in keep
-                ]
-                old = [path for path in (*folders, *self.root.glob(".resume/*")) if path.stat().st_mtime <= since]
-                found = []
-                for path in [*old, *self.root.glob(".partial/*")]:
-                    found.append((path, sum(f.stat().st_size for f in path.rglob("*") if f.is_file())))
-                    if remove:
-                        shutil.rmtree(path)
-                return found
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from toolkit.commands.options import build_folder
 @build_folder
 def gc(keep: int, remove: bool, build_folder: Path) -> None:
     """List (or remove) the artifacts that none of the last runs and sweeps refers to."""
-    from toolkit import runs, units
+    from toolkit import garbage, units
 
-    found = runs.collect_garbage(build_folder, keep, remove=remove)
+    found = garbage.collect(build_folder, keep, remove=remove)
     for path, size in found:
         click.echo(f"{units.size(size):>10}  {path}")
     total = units.size(sum(size for _, size in found))

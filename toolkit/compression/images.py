@@ -105,20 +105,20 @@ class Images:
         """
         count, size, pad = recipe.images_per_epoch(len(self)), self.images.shape[-1], recipe.crop
         order = torch.randperm(len(self), generator=generator)[:count]
-        shift = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-        flipped = torch.rand(count, 1, generator=generator) < (0.5 if recipe.flip else 0.0)
-        pixels = torch.arange(size)
-        rows = pixels + shift[0]
-        columns = torch.where(flipped, size - 1 - pixels, pixels) + shift[1]
-        order, rows, columns = (part.to(self.images.device) for part in (order, rows, columns))
-        padded = F.pad(self.images, (pad, pad, pad, pad))
+        shift = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator).squeeze(2)
+        flipped = torch.rand(count, 1, 1, 1, generator=generator) < (0.5 if recipe.flip else 0.0)
+        order, shift, flipped = (part.to(self.images.device) for part in (order, shift, flipped))
         for start in range(0, count, recipe.batch):
             batch = distributed.share(slice(start, min(count, start + recipe.batch)))
             indices = order[batch]
             if len(indices) < 2:  # batch norm has no variance of one image
                 continue
-            pixel = padded[indices[:, None, None], :, rows[batch, :, None], columns[batch, None, :]]
-            yield self.normalise(pixel.permute(0, 3, 1, 2)), self.labels[indices]
+            padded = F.pad(self.images[indices], (pad, pad, pad, pad))
+            windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # a view: (B, 3, 2·pad + 1, 2·pad + 1, S, S)
+            every = torch.arange(len(indices), device=padded.device)
+            crops = windows[every, :, shift[0, batch], shift[1, batch]]
+            crops = torch.where(flipped[batch], crops.flip(3), crops)
+            yield self.normalise(crops), self.labels[indices]
 
 
 @torch.no_grad()
