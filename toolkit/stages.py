@@ -33,7 +33,7 @@ VERSIONS = {
     "data": 1,
     "check": 2,
     "train": 3,
-    "prune": 2,
+    "prune": 3,
     "finetune": 3,
     "export": 2,
     "quantize": 4,

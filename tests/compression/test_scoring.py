@@ -40,10 +40,17 @@ def knowing(network: nn.Module, hardware: Hardware) -> tuple[nn.Module, Images]:
     return network, images(200, hardware, logits.argmax(1).numpy())
 
 
-def search(
-    network: nn.Module, val: Images, folder: Path, hardware: Hardware, divisor: int, limit: float
-) -> tuple[dict[str, Any], list[torch.Size]]:
-    """Return the sensitivity map and the widths that a search comes to."""
+Found = tuple[dict[str, Any], list[torch.Size], int]  # the sensitivity map, and the network's widths and FLOPs
+
+
+def outcome(checkpoint: Path, pruned: nn.Module) -> Found:
+    found = torch.load(checkpoint, weights_only=True)
+    shapes = [parameter.shape for parameter in pruned.parameters()]
+    return found["sensitivity_map"], shapes, flops.flops(pruned, SIZE)
+
+
+def search(network: nn.Module, val: Images, folder: Path, hardware: Hardware, divisor: int, limit: float) -> Found:
+    """Return what a search comes to."""
     (folder / "resume").mkdir(parents=True, exist_ok=True)
     pruned = fastnas.search(
         network,
@@ -56,13 +63,12 @@ def search(
         work=Work(folder, folder / "resume"),
         shared=folder / "shared",
     )
-    found = torch.load(folder / "shared.pth", weights_only=True)
-    return found["sensitivity_map"], [parameter.shape for parameter in pruned.parameters()]
+    return outcome(folder / "shared.pth", pruned)
 
 
 def plain_search(
     network: nn.Module, val: Images, folder: Path, hardware: Hardware, divisor: int, limit: float
-) -> tuple[dict[str, Any], list[torch.Size]]:
+) -> Found:
     """Return the same of a search as a tutorial writes it: Model Optimizer calibrates batch norm by itself."""
     import modelopt.torch.prune as mtp
 
@@ -80,8 +86,7 @@ def plain_search(
                 "checkpoint": str(folder / "search.pth"),
             },
         )
-    found = torch.load(folder / "search.pth", weights_only=True)
-    return found["sensitivity_map"], [parameter.shape for parameter in pruned.parameters()]
+    return outcome(folder / "search.pth", pruned)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,19 @@ def test_scores_are_the_plain_ones_whatever_can_be_kept(
     ours = search(copy.deepcopy(network), val, tmp_path / "ours", hardware, 16, 0.7)
     assert ours == plain_search(network, val, tmp_path / "plain", hardware, 16, 0.7)
     assert shared or any(value > 0 for scores in ours[0].values() for value in scores.values())
+
+
+def test_the_budget_is_kept_near_the_smallest_network_too(tmp_path: Path) -> None:
+    hardware = Hardware.find()
+    network, val = knowing(Small(shared=False), hardware)
+    whole = flops.flops(network, SIZE)
+    smallest, _ = fastnas.smallest(copy.deepcopy(network), "small", SIZE, 16)
+    least = flops.flops(smallest, SIZE) / whole
+    scores, _, _ = search(network, val, tmp_path, hardware, 16, 0.7)
+    for share in (least, least + 0.02):
+        again, _, count = search(network, val, tmp_path, hardware, 16, share)
+        assert count <= share * whole
+        assert again == scores, "what other budgets share is as it was measured"
 
 
 def test_a_search_goes_on_where_it_was_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -87,8 +88,12 @@ def search(
 ) -> nn.Module:
     """Return the network of highest validation accuracy whose FLOPs are within a limit.
 
+    Model Optimizer bisects how much accuracy any layer's width may cost, up to, but never with, the most that one
+    costs. Near the smallest network nothing is within the limit then, and it returns what is not: then the most
+    sensitive layer is given its smallest width first, and the next one, until something is.
+
     Args:
-        network: The trained one, on ``hardware`` already; it is converted in place.
+        network: The trained one, on ``hardware`` already.
         train: Images that recalibrate batch norm.
         val: Images that score a candidate.
         size: Edge length of an image in pixels.
@@ -112,10 +117,10 @@ def search(
 
     kept = shared.with_suffix(".pth")
     checkpoint = _open_search(work, kept)
-    with hardware.autocast(), flops.counting():
-        recalibrate(network, calibration(train))  # as Model Optimizer would, had it data
+
+    def prune() -> nn.Module:
         pruned, _ = mtp.prune(
-            network,
+            copy.deepcopy(network),
             _mode(divisor),
             {"flops": limit},
             torch.zeros(1, 3, size, size, device=hardware.device),
@@ -127,9 +132,27 @@ def search(
                 "verbose": False,
             },
         )
-    _share_search(checkpoint, kept)
-    assert isinstance(pruned, nn.Module)
+        assert isinstance(pruned, nn.Module)
+        return pruned
+
+    with hardware.autocast(), flops.counting():
+        recalibrate(network, calibration(train))  # as Model Optimizer would, had it data
+        pruned = prune()
+        _share_search(checkpoint, kept)
+        while flops.flops(pruned, size) > limit and _give_in(checkpoint):
+            pruned = prune()
     return pruned
+
+
+def _give_in(checkpoint: Path) -> bool:
+    """Have the most sensitive layer cost nothing, so that it gets its smallest width; whether there is one."""
+    state = torch.load(checkpoint, weights_only=True)
+    widths: dict[int, float] = max(state["sensitivity_map"].values(), key=lambda costs: max(costs.values()))
+    if max(widths.values()) <= 0:
+        return False
+    widths.update(dict.fromkeys(widths, 0.0))
+    torch.save(state, checkpoint)
+    return True
 
 
 def _open_search(work: Work, shared: Path) -> Path:

@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import nn
 
+from toolkit import units
 from toolkit.compression import data as datasets
 from toolkit.compression import flops, models
 from toolkit.compression.batchnorm import calibration, recalibrate
 from toolkit.compression.images import Hardware, Images
 from toolkit.compression.training import load_baseline, measure, seed_everything
 from toolkit.config import Flops, PrunerName, Recipe
-from toolkit.errors import UsageError
+from toolkit.errors import StageError, UsageError
 from toolkit.store import Artifact, Work
 from toolkit.workload import Model
 
@@ -137,6 +138,9 @@ def prune(
     Returns:
         ``accuracy`` (before fine-tuning), ``flops``, ``macs``, ``params``, ``pruner``, ``pruned`` (whether
         anything was removed) and ``widths`` (channels a layer: before, after).
+
+    Raises:
+        StageError: The pruner has not come within the budget.
     """
     hardware = Hardware.find()
     seed_everything(seed)
@@ -163,6 +167,11 @@ def prune(
         with hardware.autocast():
             recalibrate(hardware.place(network), calibration(train))
     result = measure(network, data, hardware)
+    if pruned and result["flops"] > limit:
+        raise StageError(
+            f"{pruner} found no network within {units.flops(limit)}, but one of {units.flops(result['flops'])}",
+            "raise --flops, or take the other --pruner",
+        )
     after = _widths(network)
     models.save(network, work.out / "model.pth")
     widths = {name: [before[name], after[name]] for name in before}
