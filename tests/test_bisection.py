@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from toolkit.config import Flops
 from toolkit.console import Console
 from toolkit.errors import StageError
 from toolkit.job import Job
+from toolkit.report.document import FORMAT
 
 
 @pytest.mark.parametrize("limit", range(-1, STEPS + 1))
@@ -66,6 +68,82 @@ def test_its_error_is_that_of_networks_it_has_not_seen() -> None:
     assert all(0 < abs(error) < 0.2 for error in found)
 
 
+def test_a_network_of_the_same_widths_does_not_foretell_another() -> None:
+    tuned = network(0.5, 0.05, 1)
+    known = [network(1.0), network(0.5), tuned]
+    assert tuned.others(known) == [known[0]]
+    assert latency_table.errors(known)[2] == pytest.approx(latency_table.errors([known[0], tuned])[1])
+
+
+def test_what_counts_against_a_layer_is_left_out() -> None:
+    """The more a layer writes the faster it is here, which no cost below zero may explain."""
+    layers = [Layer(1e6, 16, outputs, 100 - outputs) for outputs in (16.0, 32.0, 64.0)]
+    cost = latency_table.fit([Network("odd", layers, 0.0, 1.0)]).cost
+    assert (cost >= 0).all()
+    assert cost.any()
+
+
+def limited(job: Job, **clauses: float) -> Job:
+    none = dict.fromkeys(("latency_p50", "latency_p90", "latency_p99", "throughput"))
+    contract = job.profile.contract.model_copy(update=none | clauses)
+    return replace(job, profile=job.profile.model_copy(update={"contract": contract}))
+
+
+def measured(one: Network) -> dict[str, Any]:
+    latency = {name: {"value": one.ms * factor} for name, factor in (("p50", 1), ("p90", 1.1), ("p99", 1.2))}
+    return {"latency_ms": latency, "throughput": {"samples_per_s": {"value": 1000 / one.ms}}}
+
+
+@pytest.mark.parametrize("clause", ["latency_p50", "latency_p99", "throughput"])
+def test_the_first_guess_is_what_the_table_expects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clause: str
+) -> None:
+    whole, wanted = network(1.0), network(0.75)
+    known = {"whole": whole, "half": network(0.5)}
+    monkeypatch.setattr(bisection, "measured_networks", lambda job: known)
+    limit = {"latency_p50": wanted.ms, "latency_p99": 1.2 * wanted.ms, "throughput": 1000 / wanted.ms}
+    job = limited(job_of(tmp_path), **{clause: limit[clause]})
+    budgets = [bisection.budget_at(step / STEPS, 20e6, 100e6) for step in range(STEPS + 1)]
+    document = {"artifacts": {"bench": "whole"}, "bench": measured(whole), "verdict": {"status": "failed"}}
+    step = bisection._guess(job, document, budgets, 100e6)
+    assert budgets[step].value <= 0.75**2 * 100e6 < budgets[step + 1].value
+    told = bisection._said(job, document)
+    assert f"measured {whole.ms:.3f} ms (p50), contract failed" in told
+    assert f"predicted {latency_table.fit([known['half']]).predict(whole):.3f} ms" in told
+    known.clear()
+    assert bisection._guess(job, document, budgets, 100e6) == STEPS // 2
+    assert "predicted" not in bisection._said(job, document)
+
+
+def test_only_what_was_measured_in_the_same_way_is_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"cpu": "that", "cores": 2}
+    place = SimpleNamespace(device=SimpleNamespace(facts=lambda: facts))
+    monkeypatch.setattr(bisection.pipeline, "destination", lambda job: place)
+    monkeypatch.setattr(
+        bisection.recorded, "artifact", lambda store, document, stage: SimpleNamespace(key=document["run"])
+    )
+    monkeypatch.setattr(latency_table, "read", lambda label, bench: network(1.0))
+    alike = {"scenario": "SingleStream", "ran": {"threads": 1}, "device": {"cpu": "that"}}
+    for run, bench in {
+        "alike": alike,
+        "threads": {**alike, "ran": {"threads": 2}},
+        "scenario": {**alike, "scenario": "DutyCycle"},
+        "device": {**alike, "device": {"cpu": "other"}},
+    }.items():
+        document = {
+            "run": run,
+            "format": FORMAT,
+            "engine": {"runtime": "onnxruntime", "precision": "fp32"},
+            "bench": bench,
+            "model": {"final": {"flops": 1e6}},
+        }
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "run.json").write_text(json.dumps(document))
+    assert list(bisection.measured_networks(job_of(tmp_path))) == ["alike"]
+
+
 def test_a_network_that_is_cut_alike_everywhere_is_what_it_would_be() -> None:
     cut, real = network(1.0).scaled(0.25), network(0.5)
     assert [layer.flops for layer in cut.layers] == [layer.flops for layer in real.layers]
@@ -108,9 +186,7 @@ def test_no_more_is_said_than_was_measured(
     monkeypatch.setattr(bisection, "_said", lambda job, document: "")
     monkeypatch.setattr(bisection, "_guess", lambda *_: guess)
     monkeypatch.setattr(bisection.runs, "execute", lambda job, *_: ran.append(str(job.budget)))
-    job = job_of(tmp_path)
-    limited = job.profile.contract.model_copy(update={"latency_p99": 1.0})
-    job = replace(job, profile=job.profile.model_copy(update={"contract": limited}))
+    job = limited(job_of(tmp_path), latency_p99=1.0)
     if says is None:
         with pytest.raises(StageError, match="no budget keeps the contract on the device: at 50M"):
             bisection.largest(job, Console())

@@ -29,6 +29,10 @@ def test_every_shipped_file_is_valid(kind: str) -> None:
         ("flops: 60%\ncontract:\n  latency_p99: 2 MB\n", ":3: contract.latency_p99: unit 'MB' is not known here"),
         ("flops: lots\n", ":1: flops: 'lots' is not a number"),
         ("flops: 60%\nrecipe:\n  epochs: twelve\n", ":3: recipe.epochs: input should be a valid integer"),
+        (
+            "flops: 60%\nrecipe:\n  train_images: 1\n",
+            ":3: recipe.train_images: input should be greater than or equal",
+        ),
         ("flops: 60%\nprecision: fp4\n", ":2: precision: input should be 'fp32', 'fp16', 'int8' or 'fp8'"),
         ("precision: fp32\n", ":1: the key 'flops' is missing"),
         ("flops: 60%\nflops: 50%\n", ":2: 'flops' stands here a second time"),

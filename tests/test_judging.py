@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jsonschema
 import pytest
 
 from tests.conftest import PROFILE, job_of, run_toolkit, write_job
 from tests.test_run import SCHEMA, Finished, states
-from toolkit import files
+from toolkit import files, networks
+from toolkit.stages import Runner
+from toolkit.store import Artifact, Store
 
 TINY = ("tiny", "--precision", "int8")
 
@@ -111,6 +114,18 @@ def test_fine_tuning_leaves_half_of_the_drop_to_a_lower_precision(tmp_path: Path
     assert (job.enough(0.9), job.quantization_drop) == (pytest.approx(0.88), None)
     job = replace(job, precision="int8")
     assert (job.enough(0.9), job.quantization_drop) == (pytest.approx(0.89), 0.01)
+
+
+def test_weights_taken_as_they_are_say_what_suffices(tmp_path: Path) -> None:
+    asked = {}
+
+    def make(name: str, config: dict[str, Any], *_: Any, **__: Any) -> Artifact:
+        asked[name] = config
+        return replace(Artifact.pending(name), meta={"history": [], "val": 0.9} if name == "train" else {})
+
+    stages = SimpleNamespace(make=make, store=Store(tmp_path), writes=False)
+    networks.shrink(job_of(tmp_path, until_contract=True), cast(Runner, stages))
+    assert asked["finetune"]["enough"] == pytest.approx(0.88)
 
 
 def test_fine_tuning_may_end_when_its_accuracy_suffices(finished_copy: Path) -> None:

@@ -32,7 +32,7 @@ from toolkit.errors import StageError, ToolkitError, UsageError
 from toolkit.job import Job
 from toolkit.report import comparison, recorded, terminal, vega
 from toolkit.stages import Runner
-from toolkit.store import Store
+from toolkit.store import Artifact, Store
 
 SCHEMA = json.loads(sweep.SCHEMA.read_text())
 
@@ -254,6 +254,15 @@ def test_a_sweep_goes_on_where_it_was_interrupted_and_switches_nothing(
     assert f"→ {found['recommended']}" in told
     removed = [path.name for path, _ in garbage.collect(finished_copy / "build", 1, remove=False)]
     assert not {one["run"] for one in found["candidates"]} & set(removed), "a sweep keeps all that it refers to"
+
+
+def test_halving_judges_the_epoch_whose_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compress(job: Job, stages: Runner) -> None:
+        history = [{"val": 0.8}, {"val": 0.7}]
+        stages.artifacts["finetune"] = replace(Artifact.pending("finetune"), meta={"history": history})
+
+    monkeypatch.setattr(sweep.networks, "compress", compress)
+    assert sweep._score(Candidate("any", job_of(tmp_path)), Console(quiet=True)) == 0.8
 
 
 def test_halving_goes_on_with_the_better_network_of_each_budget(finished_copy: Path) -> None:

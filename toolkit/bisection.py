@@ -135,23 +135,25 @@ def probe(job: Job, budget: Flops, console: Console) -> dict[str, Any]:
 
 
 def measured_networks(job: Job) -> dict[str, latency_table.Network]:
-    """Return what such a device has measured in the job's precision and runtime, by the key of its ``bench``."""
+    """Return what such a device has measured in the job's way (runtime, threads, ...), by the ``bench`` key."""
     store, facts = Store(job.build / "store"), pipeline.destination(job).device.facts()
     found: dict[str, latency_table.Network] = {}
     for path in sorted((job.build / "runs").glob("*/run.json")):
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT or not document["bench"]:
             continue
-        engine, there = document["engine"], document["bench"]["device"]
-        alike = all(facts.get(key) == value for key, value in there.items())
-        if not alike or (engine["runtime"], engine["precision"]) != (job.target.runtime, job.precision):
+        engine, bench = document["engine"], document["bench"]
+        way = (engine["runtime"], engine["precision"], bench["scenario"], bench["ran"]["threads"])
+        threads = job.target.threads if job.target.on_cpu else None
+        asked = (job.target.runtime, job.precision, job.profile.contract.scenario, threads)
+        if way != asked or any(facts.get(key) != value for key, value in bench["device"].items()):
             continue
         with contextlib.suppress(StageError):  # gc has removed it
-            bench = recorded.artifact(store, document, "bench")
+            measured = recorded.artifact(store, document, "bench")
             final = document["model"]["final"]
             label = units.count(final["flops"]) if final else document["run"]
-            if network := latency_table.read(label, bench):
-                found[bench.key] = network
+            if network := latency_table.read(label, measured):
+                found[measured.key] = network
     return found
 
 
@@ -169,7 +171,7 @@ def profile(job: Job, console: Console) -> dict[str, Any]:
     for share in (0.0, 0.5, 1.0):
         probe(job, budget_at(share, smallest, whole), console)
     known = list(measured_networks(job).values())
-    if len(known) < 2:
+    if not known or not known[0].others(known):
         raise StageError("no two networks with timed layers were measured there", "another --runtime")
     shares = latency_table.errors(known)
     rows = [
@@ -187,11 +189,12 @@ def _limited(contract: Contract) -> bool:
 
 def _said(job: Job, document: Mapping[str, Any]) -> str:
     """Return predicted and measured latency of a probe, and what its contract says."""
-    others = measured_networks(job)
-    network = others.pop(document["artifacts"]["bench"], None)
+    known = measured_networks(job)
+    network = known.get(document["artifacts"]["bench"])
+    others = network.others(known.values()) if network else []
     predicted = ""
     if network and others:
-        predicted = f"predicted {latency_table.fit(list(others.values())).predict(network):.3f} ms, "
+        predicted = f"predicted {latency_table.fit(others).predict(network):.3f} ms, "
     median = document["bench"]["latency_ms"]["p50"]["value"]
     return f"{predicted}measured {median:.3f} ms (p50), contract {document['verdict']['status']}"
 

@@ -92,7 +92,7 @@ class Recipe(Strict):
     temperature: float = Field(default=4.0, gt=0)
     qat: Literal["auto", "always"] = "auto"
     qat_epochs: int = Field(default=12, ge=0)
-    train_images: int | None = Field(default=None, ge=1)
+    train_images: int | None = Field(default=None, ge=2)  # batch norm has no variance of one
     val_images: int | None = Field(default=None, ge=1)
     search_images: int = Field(default=2000, ge=1)
 
@@ -107,7 +107,7 @@ class Fast(Strict):
     epochs: int = Field(default=14, ge=1)
     finetune_epochs: int = Field(default=8, ge=1)
     qat_epochs: int = Field(default=2, ge=0)
-    train_images: int = Field(default=12_000, ge=1)
+    train_images: int = Field(default=12_000, ge=2)
     val_images: int = Field(default=2_000, ge=1)
     crop: int = Field(default=2, ge=0)
     weight_decay: float = Field(default=1e-3, ge=0)

@@ -134,7 +134,10 @@ def shrink(job: Job, stages: Runner) -> tuple[Artifact, Artifact, Artifact, Arti
         ),
         amount=1,
     )
-    enough = job.enough(max((epoch["val"] for epoch in baseline.meta.get("history", ())), default=1.0))
+    reached = max(
+        (epoch["val"] for epoch in baseline.meta.get("history", ())), default=baseline.meta.get("val", 1.0)
+    )
+    enough = job.enough(reached)
     tuned = stages.make(
         "finetune",
         model

@@ -210,3 +210,6 @@ def test_from_a_checkpoint_and_a_teacher_to_a_tuned_network(tmp_path: Path) -> N
     assert tuned.meta["flops"] == pruned.meta["flops"]
     by_itself = made("by_itself", lambda work: training.finetune(work, data, model, baseline, pruned, recipe, 1))
     assert by_itself.meta["history"] != tuned.meta["history"]
+    labels = recipe.model_copy(update={"teacher": False})
+    untaught = made("untaught", lambda work: training.finetune(work, data, model, baseline, pruned, labels, 1))
+    assert untaught.meta["history"] != by_itself.meta["history"], "without a teacher, the unpruned network teaches"

@@ -137,6 +137,32 @@ def test_the_classifier_of_other_classes_starts_anew_but_not_a_teachers(tmp_path
         models.build_teacher(model, 10)
 
 
+class Unusual(torch.nn.Module):
+    """Two channels out of each, a buffer that is not saved, a normalisation without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 16, 3, padding=1)
+        self.doubled = torch.nn.Conv2d(16, 32, 3, padding=1, groups=16)
+        self.norm = torch.nn.LayerNorm([8, 8], elementwise_affine=False)
+        self.fc = torch.nn.Linear(32, 2)
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.norm(self.doubled(self.conv(x))).amax((2, 3))
+        logits: torch.Tensor = self.fc(features) * self.scale
+        return logits
+
+
+def test_layers_of_every_kind_are_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Unusual()
+    models.save(network, tmp_path / "model.pth")
+    monkeypatch.setattr(models, "_fresh", lambda *_, **__: Unusual())
+    restored = models.restore(Model.parse("resnet20"), 2, tmp_path / "model.pth")
+    inputs = torch.randn(4, 3, 8, 8)
+    assert torch.equal(restored(inputs), network(inputs))
+
+
 def test_torchvisions_weights_are_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(url: str, *args: object, **kwargs: object) -> None:
         raise URLError("Name or service not known")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from toolkit.compression import batchnorm, compiling, models, steps, training
+from toolkit.compression import data as datasets
 from toolkit.compression.data import Split
 from toolkit.compression.images import Hardware, Images, accuracy, predict
 from toolkit.config import Recipe
 from toolkit.errors import StageError, UsageError
-from toolkit.store import Work
-from toolkit.workload import Model
+from toolkit.store import Artifact, Store, Work
+from toolkit.workload import Data, Model
 
 META = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
 RECIPE = Recipe(epochs=3, batch=16, crop=2)
@@ -286,6 +288,36 @@ def test_without_augmentation_every_image_comes_once_and_whole() -> None:
     found = {image.numpy().tobytes() for image in seen.contiguous()}
     assert found <= {image.numpy().tobytes() for image in expected.contiguous()}
     assert len(torch.cat(labels)) == 36
+
+
+class Tied(torch.nn.Module):
+    """Two layers that are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.nn.Linear(3, 10)
+        self.two = self.one
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x.mean((2, 3))) + self.two(x.amax((2, 3)))
+
+
+def test_shared_weights_are_saved_and_ones_that_are_taken_as_they_are_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(stage: str, make: Callable[[Work], dict[str, Any]]) -> Artifact:
+        return Store(tmp_path / "store").produce(stage, stage, make, config={}, inputs={})
+
+    monkeypatch.setattr(models, "build", lambda *_, **__: Tied())
+    model = Model.parse("resnet20")
+    data = made("data", lambda work: datasets.prepare(work, Data.parse("digits"), 8, tmp_path))
+    baseline = made("train", lambda work: training.train(work, data, model, Recipe(epochs=0), 1))
+    assert baseline.meta["history"] == []
+    assert 0 < baseline.meta["val"] < 1
+    network = training.load_baseline(baseline, data, model)
+    hardware = Hardware.find()
+    val = Images(datasets.load(data, "val"), data.meta, hardware)
+    assert accuracy(predict(hardware.place(network), val), val) == baseline.meta["val"]
 
 
 def test_learning_rate_warms_up_and_goes_down_to_nothing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,14 @@ class Network:
     layers: Sequence[Layer]
     other_us: float
     ms: float
+
+    def others(self, known: Iterable[Network]) -> list[Network]:
+        """Return those of other widths; one of the same, as before fine-tuning, would foretell too much."""
+
+        def widths(network: Network) -> list[tuple[float, float, float]]:
+            return [(layer.flops, layer.inputs, layer.outputs) for layer in network.layers]
+
+        return [network for network in known if widths(network) != widths(self)]
 
     def scaled(self, share: float) -> Network:
         """Return it with so large a share of its FLOPs, as if every width were cut alike."""
@@ -89,17 +97,10 @@ def read(label: str, bench: Artifact) -> Network | None:
 
 def fit(networks: Sequence[Network]) -> Table:
     """Fit a table to networks that one device has measured in one precision (non-negative least squares)."""
+    from scipy.optimize import nnls  # an unchanged run never loads SciPy
+
     layers = [layer for network in networks for layer in network.layers]
-    columns = _columns(layers)
-    measured = np.array([layer.us for layer in layers])
-    cost = np.zeros(columns.shape[1])
-    used = list(range(columns.shape[1]))
-    while used:  # what would count against a layer is left out, the worst first
-        found = np.linalg.lstsq(columns[:, used], measured, rcond=None)[0]
-        if found.min() >= 0:
-            cost[used] = found
-            break
-        del used[int(found.argmin())]
+    cost, _ = nnls(_columns(layers), np.array([layer.us for layer in layers]))
     written = sum(float(_columns(network.layers)[:, 3].sum()) for network in networks)
     other = sum(network.other_us for network in networks) / written
     bare = Table(cost, other, 1.0)
@@ -108,12 +109,8 @@ def fit(networks: Sequence[Network]) -> Table:
 
 
 def errors(networks: Sequence[Network]) -> list[float]:
-    """Return how far off each one is predicted by a table of the others, as a share of its latency."""
-    found = []
-    for index, network in enumerate(networks):
-        others = [*networks[:index], *networks[index + 1 :]]
-        found.append(fit(others).predict(network) / network.ms - 1)
-    return found
+    """Return how far off each one is predicted by a table of those of other widths, as a share of its latency."""
+    return [fit(network.others(networks)).predict(network) / network.ms - 1 for network in networks]
 
 
 def _columns(layers: Sequence[Layer]) -> NDArray[np.float64]:

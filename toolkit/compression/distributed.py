@@ -119,11 +119,11 @@ def mean(values: Tensor) -> Tensor:
     return values / size()
 
 
-def first(value: float) -> float:
-    """Return the first process's value, so that all of them decide alike."""
+def first(value: Callable[[], float]) -> float:
+    """Return what the first process finds, which alone looks, so that all of them decide alike."""
     if size() == 1:
-        return value
-    told = [value]
+        return value()
+    told = [value() if rank() == 0 else 0.0]
     dist.broadcast_object_list(told)
     return told[0]
 

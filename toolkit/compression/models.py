@@ -290,19 +290,19 @@ def _resize(network: nn.Module, state: dict[str, Tensor]) -> None:
     """Give a network's layers the widths that a state dict of the same network, pruned, has."""
     for name, layer in network.named_modules():
         for key, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
-            saved = state[f"{name}.{key}" if name else key]
+            saved = state.get(f"{name}.{key}" if name else key, tensor)  # some buffers are not saved
             if saved.shape != tensor.shape:
                 tensor.data = torch.empty_like(saved)
         if isinstance(layer, nn.Conv2d):
             channels, inputs = layer.weight.shape[:2]
-            if layer.groups == layer.in_channels > 1:  # depthwise
-                layer.groups = channels
+            if layer.groups == layer.in_channels > 1:  # depthwise: so many channels out of each
+                layer.groups = channels * layer.in_channels // layer.out_channels
             layer.out_channels, layer.in_channels = channels, inputs * layer.groups
         elif isinstance(layer, nn.Linear):
             layer.out_features, layer.in_features = layer.weight.shape
         elif isinstance(layer, _BatchNorm) and layer.running_mean is not None:
             layer.num_features = len(layer.running_mean)
-        elif isinstance(layer, nn.LayerNorm):
+        elif isinstance(layer, nn.LayerNorm) and layer.weight is not None:
             layer.normalized_shape = tuple(layer.weight.shape)
 
 

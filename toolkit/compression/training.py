@@ -189,7 +189,7 @@ def fit(
             optimizer.step()
         mean = _mean(distributed.mean(torch.stack(losses)), epoch, recipe, checkpoint)
         with hardware.autocast():
-            score = distributed.first(accuracy(predict(network, val), val))
+            score = distributed.first(lambda: accuracy(predict(network, val), val))
         history.append({"loss": round(mean, 6), "val": score})
         if score >= best["val"]:
             best = {"val": score, "state": {k: v.clone() for k, v in network.state_dict().items()}}
@@ -275,17 +275,19 @@ def train(
         teacher: A network to learn from (soft targets), with its checkpoint.
 
     Returns:
-        ``accuracy``, ``flops``, ``macs``, ``params``, and what :class:`Fitted` holds.
+        ``accuracy``, ``flops``, ``macs``, ``params``, what :class:`Fitted` holds, and ``val`` (validation accuracy,
+        0 to 1) of weights that are taken as they are.
     """
     hardware = Hardware.find()
     seed_everything(seed)
     classes = len(data.meta["classes"])
+    val = Images(datasets.load(data, "val").first(recipe.val_images), data.meta, hardware)
     network = hardware.place(models.build(model, classes, seed, downloads))
     knowing = models.build_teacher(teacher, classes) if teacher else None
     fitted = fit(
         network,
         Images(datasets.load(data, "train"), data.meta, hardware),
-        Images(datasets.load(data, "val").first(recipe.val_images), data.meta, hardware),
+        val,
         recipe=recipe,
         epochs=recipe.epochs,
         base_lr=recipe.lr,
@@ -297,9 +299,11 @@ def train(
     )
     if distributed.rank() > 0:
         return {}
-    state = {key: value.cpu().contiguous() for key, value in network.state_dict().items()}
+    # each its own: the format has no name for a tensor that two layers share
+    state = {key: value.cpu().contiguous().clone() for key, value in network.state_dict().items()}
     save_file(state, work.out / "model.safetensors")
-    return measure(network, data, hardware, work.out) | asdict(fitted)
+    result = measure(network, data, hardware, work.out) | asdict(fitted)
+    return result if fitted.history else result | {"val": accuracy(predict(network, val), val)}
 
 
 def load_baseline(baseline: Artifact, data: Artifact, model: Model) -> nn.Module:
