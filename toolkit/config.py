@@ -87,6 +87,7 @@ class Recipe(Strict):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     flip: bool = True
     crop: int = Field(default=4, ge=0)
+    cutout: int = Field(default=0, ge=0)
     gradient_checkpointing: bool = False
     teacher: bool = True
     temperature: float = Field(default=4.0, gt=0)

@@ -277,6 +277,23 @@ def test_augmentation_shifts_and_flips_whole_images() -> None:
     assert len(places) > 10
 
 
+def test_cutout_blanks_a_square_around_any_pixel_of_each_image_and_moves_nothing_else() -> None:
+    some = images(64, Hardware(torch.device("cpu"), bf16=False))
+    whole, cut = (
+        torch.cat([inputs for inputs, _ in some.augmented(recipe, torch.Generator().manual_seed(3))])
+        for recipe in (Recipe(batch=16), Recipe(batch=16, cutout=3))
+    )
+    blank = (cut == 0).all(1)
+    assert torch.equal(cut, whole.masked_fill(blank[:, None], 0))
+    edge = blank.shape[-1] - 1
+    for square in blank:
+        rows, columns = square.any(1).nonzero().flatten().tolist(), square.any(0).nonzero().flatten().tolist()
+        assert square.sum() == len(rows) * len(columns)
+        for side in (rows, columns):  # a square around a pixel at the edge is less than whole
+            assert len(side) == 3 or (len(side) == 2 and (side[0] == 0 or side[-1] == edge))
+    assert len({tuple(square.flatten().tolist()) for square in blank}) > 16
+
+
 def test_without_augmentation_every_image_comes_once_and_whole() -> None:
     hardware = Hardware(torch.device("cpu"), bf16=False)
     some = images(37, hardware)

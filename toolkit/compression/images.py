@@ -98,7 +98,7 @@ class Images:
         return self.batches(max(16, min(1024, (1 << 22) // pixels)) if self.images.is_cuda else 128)
 
     def augmented(self, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield one epoch of shuffled, randomly cropped and flipped batches; the last one may be smaller.
+        """Yield one epoch of shuffled, randomly cropped, flipped and cut out batches; the last one may be smaller.
 
         Of more images than the recipe has an epoch see, each epoch draws its own.
         All random numbers are drawn and moved to the device before the first batch, so that none waits for them.
@@ -107,7 +107,8 @@ class Images:
         order = torch.randperm(len(self), generator=generator)[:count]
         shift = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator).squeeze(2)
         flipped = torch.rand(count, 1, 1, 1, generator=generator) < (0.5 if recipe.flip else 0.0)
-        order, shift, flipped = (part.to(self.images.device) for part in (order, shift, flipped))
+        centre = torch.randint(0, size, (2, count if recipe.cutout else 0, 1), generator=generator)
+        order, shift, flipped, centre = (part.to(self.images.device) for part in (order, shift, flipped, centre))
         for start in range(0, count, recipe.batch):
             batch = distributed.share(slice(start, min(count, start + recipe.batch)))
             indices = order[batch]
@@ -118,7 +119,12 @@ class Images:
             every = torch.arange(len(indices), device=padded.device)
             crops = windows[every, :, shift[0, batch], shift[1, batch]]
             crops = torch.where(flipped[batch], crops.flip(3), crops)
-            yield self.normalise(crops), self.labels[indices]
+            inputs = self.normalise(crops)
+            if recipe.cutout:  # DeVries and Taylor 2017, arXiv:1708.04552
+                offset = torch.arange(size, device=padded.device) - centre[:, batch] + recipe.cutout // 2
+                rows, columns = (offset >= 0) & (offset < recipe.cutout)  # each (B, S)
+                inputs.masked_fill_(rows[:, None, :, None] & columns[:, None, None, :], 0)
+            yield inputs, self.labels[indices]
 
 
 @torch.no_grad()
