@@ -21,12 +21,15 @@ import pytest
 from tests.conftest import image_folder, job_of, run_toolkit
 from toolkit import cluster
 from toolkit.compression import data, sources
-from toolkit.errors import UsageError
+from toolkit.errors import StageError, UsageError
 from toolkit.workload import Model
 
 needs_ray = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("ray", "grpc")), reason="Ray is not installed: extra 'ray'"
 )
+
+# where all cores are busy, Ray takes longer to start a process than its 30 s allow for
+PATIENT = {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "300", "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "60"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
              f"--runtime-env-agent-port={environments}", "--min-worker-port=0", "--max-worker-port=0",
              "--num-cpus=2", "--num-gpus=0", "--object-store-memory=100000000", "--include-dashboard=false",
              "--include-log-monitor=false", "--disable-usage-stats", "--temp-dir", tmp_path_factory.mktemp("r")],
-            env=os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output,
+            env=os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"} | PATIENT, stdout=output, stderr=output,
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 300
@@ -146,6 +149,26 @@ def test_a_cluster_that_is_not_there(job: Path) -> None:
 
 
 @needs_ray
+def test_a_cluster_that_is_too_busy_says_so_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionAbortedError(
+            "Initialization failure from server:\nTraceback (most recent call last):\n"
+            '  File "proxier.py", line 780, in Datapath\n    raise RuntimeError(\n'
+            "RuntimeError: Proxy failed to Connect to backend! Check `ray_client_server.err` on the head node.\n"
+        )
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(StageError, match=r"server: Proxy failed to Connect to backend! Check .* head node$") as told,
+        cluster.connected("ray://head:10001", 1, job_of(tmp_path)),
+    ):
+        pass
+    assert "TIMEOUT_S=300" in str(told.value.hint)
+
+
+@needs_ray
 def test_a_cluster_makes_what_this_machine_makes_and_continues_after_ctrl_c(
     finished: tuple[Path, dict[str, Any]], finished_copy: Path, ray: Ray
 ) -> None:
@@ -154,7 +177,7 @@ def test_a_cluster_makes_what_this_machine_makes_and_continues_after_ctrl_c(
         shutil.rmtree(finished_copy / "build" / "store" / stage)
     begun = subprocess.Popen(
         [sys.executable, "-m", "toolkit", *arguments],
-        cwd=finished_copy, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=finished_copy, env=os.environ | PATIENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while not list(ray.store.glob(".resume/finetune-*")):
         assert begun.poll() is None, begun.communicate()[1]
@@ -165,7 +188,7 @@ def test_a_cluster_makes_what_this_machine_makes_and_continues_after_ctrl_c(
     assert "the same command continues" in told
     assert "Traceback" not in told
 
-    result = run_toolkit(finished_copy, *arguments)
+    result = run_toolkit(finished_copy, *arguments, env=PATIENT)
     assert result.returncode == 0, result.stderr
     assert "70% fastnas: export made" in result.stderr
     assert [one["error"] for one in json.loads(result.stdout)["candidates"]] == [None, None]

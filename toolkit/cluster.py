@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import logging
+import re
 import shutil
 import tarfile
 import tempfile
@@ -83,10 +84,18 @@ def connected(address: str, parallel: int, job: Job) -> Iterator[Make]:
                 )
         except Exception as error:  # Ray's own are of many kinds
             ray.shutdown()
+            if isinstance(error, ConnectionAbortedError):  # by the cluster
+                remedy = (
+                    "if its head was busy, the same command again; RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S=300 "
+                    "in the environment of its ray start has it wait longer than 30 s"
+                )
+            else:
+                remedy = (
+                    "look whether it runs (ray status there) and the port of its client server can be reached, "
+                    "or leave out --ray"
+                )
             raise StageError(
-                f"no connection to the Ray cluster at {address}: {_sentence(error)}",
-                "look whether it runs (ray status there) and the port of its client server can be reached, "
-                "or leave out --ray",
+                f"no connection to the Ray cluster at {address}: {_sentence(error)}", remedy
             ) from error
     try:
         yield functools.partial(_make, share(ray.nodes(), parallel))
@@ -257,6 +266,8 @@ def _write(searches: Mapping[str, bytes], store: Store) -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    """Return what Ray says, on one line and without the traceback that it may bring."""
-    text = str(error).partition("Traceback")[0].strip() or type(error).__name__
+    """Return what Ray says, on one line; of a traceback that it brings, the error at its end."""
+    said, _, traceback = str(error).partition("Traceback")
+    _, *endings = re.split(r"^[\w.]*(?:Error|Exception): ", traceback, flags=re.MULTILINE)
+    text = " ".join([said, *endings[-1:]]).strip() or type(error).__name__
     return " ".join(text.split()).rstrip(".")
