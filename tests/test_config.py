@@ -1,12 +1,15 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
+from tests.conftest import job_of
 from toolkit import config, files, workload
 from toolkit.config import Flops
 from toolkit.errors import UsageError
+from toolkit.workload import Model
 
 
 @pytest.mark.parametrize("kind", ["profiles", "targets"])
@@ -194,3 +197,22 @@ def test_weights_shorten_the_recipe_and_never_lengthen_it() -> None:
     assert started.model_dump(exclude={"epochs", "lr"}) == profile.recipe.model_dump(exclude={"epochs", "lr"})
     kept = config.Profile(name="p", flops="50%", recipe=config.Recipe(epochs=0))
     assert kept.recipe_for("digits", fast=True, transfer=True).epochs == 0, "the weights as they are"
+
+
+def test_a_teacher_is_trained_by_its_own_recipe_unless_it_brings_its_weights(tmp_path: Path) -> None:
+    alone = job_of(tmp_path, data="cifar10")
+    assert alone.teacher_recipe is None
+    taught = replace(alone, teacher=Model.parse_teacher("torchvision:resnet50"))
+    assert (taught.recipe.epochs, taught.recipe.lr) == (28, 0.2)
+    assert taught.teacher_recipe == alone.profile.recipe_for("cifar10", fast=False, transfer=True)
+    weights = tmp_path / "w.pt"
+    weights.touch()
+    started = replace(taught, model=Model.parse("resnet20", str(weights)), teacher=Model.parse_teacher("resnet20"))
+    assert started.teacher_recipe == alone.recipe
+    assert started.recipe == taught.teacher_recipe
+    shortened = started.trained_by(finetune_epochs=1)
+    assert shortened.recipe.finetune_epochs == 1
+    assert shortened.teacher_recipe == alone.recipe.model_copy(update={"finetune_epochs": 1})
+    assert replace(started, teacher=Model.parse_teacher(f"resnet20={weights}")).teacher_recipe is None
+    with pytest.raises(UsageError, match="0 epochs, so that the teacher knows nothing"):
+        started.trained_by(epochs=0)

@@ -208,6 +208,26 @@ def test_plan_changes_nothing_and_agrees_with_the_run(finished_copy: Path, job: 
     assert "would run (about" in other.stdout.partition("bench ")[2].partition("\n")[0]
 
 
+def test_a_teacher_without_a_checkpoint_is_trained_first(finished_copy: Path, finished: Finished) -> None:
+    """The finished job's own network teaches, trained in the same way, and so comes to the same weights."""
+    taught = ["--teacher", "resnet20"]
+    plan, _ = again(finished_copy, *taught, verb="plan")
+    planned = [stage["name"] for stage in plan["stages"] if not stage["cached"]]
+    assert planned == ["check", "teacher", *(stage for stage in STAGES[2:] if stage != "compare")]
+    run, told = again(finished_copy, *taught, verb="finetune")
+    assert run["error"] is None, told
+    alone, store = finished[1], finished_copy / "build" / "store"
+    teacher, untaught, learned = (
+        (store / stage / document["artifacts"][stage] / "model.safetensors").read_bytes()
+        for stage, document in (("teacher", run), ("train", alone), ("train", run))
+    )
+    assert teacher == untaught != learned
+    assert run["model"]["final"] != alone["model"]["final"]
+    plan, _ = again(finished_copy, *taught, verb="plan")
+    assert states(plan)["finetune"]
+    assert not states(plan)["quantize"]
+
+
 def test_a_target_whose_gpu_is_not_here_goes_as_far_as_it_can(finished_copy: Path) -> None:
     """The profile is the finished job's, so that only the target's own part is left to do, and most of it once."""
     for target in ("a100", "t4", "jetson-orin", "jetson-orin-nano", "jetson-thor"):
@@ -217,7 +237,7 @@ def test_a_target_whose_gpu_is_not_here_goes_as_far_as_it_can(finished_copy: Pat
         jsonschema.validate(run, SCHEMA)
         assert [stage["name"] for stage in run["stages"]] == STAGES[:8]
         assert "no NVIDIA GPU" in run["error"]["message"]
-        assert "not done: build, push, bench, compare, report; the rest is kept" in result.stderr
+        assert "not done: build, push, bench, report; the rest is kept" in result.stderr
         quantized = finished_copy / "build" / "store" / "quantize" / run["artifacts"]["quantize"]
         assert json.loads((quantized / "artifact.json").read_text())["meta"]["spelling"] == "tensorrt"
 

@@ -125,7 +125,7 @@ def budget_at(share: float, smallest: float, whole: float) -> Flops:
 
 def probe(job: Job, budget: Flops, console: Console) -> dict[str, Any]:
     """Measure the network of a budget without fine-tuning, and judge what does not depend on its weights."""
-    short = job.trained_by(job.recipe.model_copy(update={"finetune_epochs": 0, "qat_epochs": 0}))
+    short = job.trained_by(finetune_epochs=0, qat_epochs=0)
     profile = short.profile.model_copy(update={"contract": job.profile.contract.model_copy(update=_OF_WEIGHTS)})
     brief = Console(quiet=console.quiet, brief=True)
     outcome = runs.execute(replace(job, profile=profile, budget=budget), "report", brief)

@@ -27,7 +27,7 @@ from toolkit.job import Job
 from toolkit.stages import silenced
 from toolkit.store import Artifact, DamagedError, Store
 from toolkit.workers import Make
-from toolkit.workload import TORCHVISION, Model
+from toolkit.workload import Model
 
 Key = tuple[str, str]  # stage and key of an artifact
 
@@ -130,8 +130,8 @@ def stage(job: Job, folder: Path) -> None:
                     there = folder / path.relative_to(here)
                     there.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, there)
-        if model.weights not in (None, TORCHVISION):
-            shutil.copyfile(str(model.weights), folder / _checkpoint(role, model))
+        if model.checkpoint:
+            shutil.copyfile(model.checkpoint, folder / _name(role, model.checkpoint))
 
 
 def there(job: Job) -> Job:
@@ -227,14 +227,14 @@ def share(nodes: Sequence[Mapping[str, Any]], parallel: int) -> dict[str, float]
     return {"num_cpus": max(1, cores // parallel), "num_gpus": gpus // 1 if gpus > 1 else gpus}
 
 
-def _checkpoint(role: str, model: Model) -> str:
-    return f"{role}-{Path(str(model.weights)).name}"
+def _name(role: str, checkpoint: Path) -> str:
+    return f"{role}-{checkpoint.name}"
 
 
 def _moved(role: str, model: Model) -> Model:
-    if model.weights in (None, TORCHVISION):
+    if model.checkpoint is None:
         return model
-    return model.model_copy(update={"weights": _checkpoint(role, model)})
+    return model.model_copy(update={"weights": _name(role, model.checkpoint)})
 
 
 def _pack(folder: Path) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from toolkit.config import Flops, Gpus, Precision, Profile, Recipe, Target
 from toolkit.delivery.lease import Claim
@@ -51,6 +52,11 @@ class Job:
             raise UsageError("an ONNX file is not trained, so that --fast shortens nothing", "leave out --fast")
         if self.teacher is not None and not self.model.trainable:
             raise UsageError("an ONNX file is not trained, so that nothing teaches it", "leave out --teacher")
+        if self.teacher_recipe is not None and self.teacher_recipe.epochs == 0:
+            raise UsageError(
+                f"the recipe of profile {self.profile.name} trains for 0 epochs, so that the teacher knows nothing",
+                "give its checkpoint: --teacher MODEL=FILE",
+            )
         if self.gpus is not None and not self.model.trainable:
             raise UsageError("an ONNX file is not trained, so that no GPU trains it", "leave out --gpus")
         if self.precision in ("int8", "fp8") and self.data.kind == "none":
@@ -86,8 +92,18 @@ class Job:
     @property
     def recipe(self) -> Recipe:
         """How its networks are trained."""
-        return self.profile.recipe_for(self.data.kind, fast=self.fast, transfer=self.model.weights is not None)
+        return self._recipe_of(self.model)
 
-    def trained_by(self, recipe: Recipe) -> Job:
-        """Return the job with this recipe, whatever the data."""
-        return replace(self, profile=self.profile.model_copy(update={"recipe": recipe, "recipes": {}}))
+    @property
+    def teacher_recipe(self) -> Recipe | None:
+        """How its teacher is trained; None where nobody teaches who has to be."""
+        return None if self.teacher is None or self.teacher.checkpoint else self._recipe_of(self.teacher)
+
+    def _recipe_of(self, model: Model) -> Recipe:
+        return self.profile.recipe_for(self.data.kind, fast=self.fast, transfer=model.weights is not None)
+
+    def trained_by(self, **changes: Any) -> Job:
+        """Return the job with these keys of the recipe changed, whatever the data."""
+        kind = self.data.kind
+        recipes = self.profile.recipes | {kind: self.profile.recipes.get(kind, {}) | changes}
+        return replace(self, profile=self.profile.model_copy(update={"recipes": recipes}))

@@ -19,6 +19,7 @@ from toolkit.errors import UsageError
 from toolkit.job import Job
 from toolkit.stages import Runner
 from toolkit.store import Artifact, Work
+from toolkit.workload import Model
 
 if TYPE_CHECKING:
     from toolkit.compression.spelling import Levels
@@ -56,58 +57,65 @@ class Networks:
         return accuracy
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """Who teaches a run's networks beside the labels: a checkpoint, a network that was trained for it, or nobody.
+
+    Attributes:
+        given: The model, with the user's checkpoint if there is one.
+        trained: The network if there is none.
+    """
+
+    given: Model | None = None
+    trained: Artifact | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the stages that learn from it depend on, beside ``inputs``."""
+        return {"teacher": compression.sources.identify(self.given)} if self.given and not self.trained else {}
+
+    @property
+    def inputs(self) -> dict[str, Artifact]:
+        """Artifacts that the stages that learn from it are made from."""
+        return {"teacher": self.trained} if self.trained else {}
+
+    @property
+    def model(self) -> Model | None:
+        """The model with its checkpoint."""
+        if self.given is None or self.trained is None:
+            return self.given
+        return self.given.model_copy(update={"weights": str(self.trained.file("model.safetensors"))})
+
+
 def compress(job: Job, stages: Runner) -> Networks:
     """Train, prune, fine-tune, export, quantise, ask the host: all that does not depend on a device."""
     engines.require_precision(job.target, job.precision)
-    data, baseline, pruned, tuned, exported = (shrink if job.model.trainable else take_over)(job, stages)
-    graph = quantize(job, stages, data, baseline, tuned, exported)
+    data, teacher, baseline, pruned, tuned, exported = (shrink if job.model.trainable else take_over)(job, stages)
+    graph = quantize(job, stages, data, teacher, baseline, tuned, exported)
     return Networks(data, baseline, pruned, tuned, exported, graph, refer(stages, data, exported, graph))
 
 
-def shrink(job: Job, stages: Runner) -> tuple[Artifact, Artifact, Artifact, Artifact, Artifact]:
+def shrink(job: Job, stages: Runner) -> tuple[Artifact, Teacher, Artifact, Artifact, Artifact, Artifact]:
     """Train a network, prune it to the budget, fine-tune and export it."""
     profile, recipe, seed = job.profile, job.recipe, job.seed
     if job.gpus is not None:
         compression.distributed.require(job.gpus, recipe.batch)
     divisor, pruner = profile.channel_divisor, profile.pruner
     model = {"model": compression.sources.identify(job.model)}
-    taught = {"teacher": compression.sources.identify(job.teacher)} if job.teacher else {}
-    programs, downloads = job.build / ".compile", job.build / "downloads"
 
     data = prepare(job, stages, profile.input_size)
     check = stages.make(
         "check",
-        model | taught | {"divisor": divisor, "pruner": pruner},
+        model | Teacher(job.teacher).config | {"divisor": divisor, "pruner": pruner},
         {"data": data},
-        lambda work: compression.pruning.check(data, job.model, divisor, pruner, downloads, job.teacher),
+        lambda work: compression.pruning.check(
+            data, job.model, divisor, pruner, job.build / "downloads", job.teacher
+        ),
     )
     if check.meta:
         compression.budget.require_reachable(check.meta, job.budget, divisor)
-    images = _images(data, recipe)
-    baseline = stages.make(
-        "train",
-        model
-        | taught
-        | {
-            "recipe": recipe.model_dump(exclude=_NOT_TRAINING - ({"temperature"} if job.teacher else set())),
-            "seed": seed,
-            "fast": job.fast,
-        },
-        {"data": data},
-        lambda work: compression.distributed.run(
-            job.gpus,
-            compression.training.train,
-            work,
-            data,
-            job.model,
-            recipe,
-            seed,
-            programs=programs,
-            downloads=downloads,
-            teacher=job.teacher,
-        ),
-        amount=images * recipe.epochs,
-    )
+    teacher = educate(job, stages, data)
+    baseline = _train("train", job, stages, data, job.model, recipe, teacher)
     pruned = stages.make(
         "prune",
         model
@@ -141,14 +149,14 @@ def shrink(job: Job, stages: Runner) -> tuple[Artifact, Artifact, Artifact, Arti
     tuned = stages.make(
         "finetune",
         model
-        | taught
+        | teacher.config
         | {
             "recipe": recipe.model_dump(exclude={"epochs", "search_images", *_QAT}),
             "seed": seed,
             "fast": job.fast,
             **({} if enough is None else {"enough": enough}),
         },
-        {"data": data, "baseline": baseline, "pruned": pruned},
+        {"data": data, "baseline": baseline, "pruned": pruned} | teacher.inputs,
         lambda work: compression.distributed.run(
             job.gpus,
             compression.training.finetune,
@@ -159,16 +167,60 @@ def shrink(job: Job, stages: Runner) -> tuple[Artifact, Artifact, Artifact, Arti
             pruned,
             recipe,
             seed,
-            programs=programs,
-            teacher=job.teacher,
+            programs=job.build / ".compile",
+            teacher=teacher.model,
             enough=enough,
         ),
-        amount=images * recipe.finetune_epochs,
+        amount=_images(data, recipe) * recipe.finetune_epochs,
     )
-    return data, baseline, pruned, tuned, export(job, stages, data, tuned)
+    return data, teacher, baseline, pruned, tuned, export(job, stages, data, tuned)
 
 
-def take_over(job: Job, stages: Runner) -> tuple[Artifact, None, None, None, Artifact]:
+def educate(job: Job, stages: Runner, data: Artifact) -> Teacher:
+    """Return who teaches; trained like an unpruned network, by itself, where it brings no checkpoint."""
+    recipe = job.teacher_recipe
+    if job.teacher is None or recipe is None:
+        return Teacher(job.teacher)
+    return Teacher(job.teacher, _train("teacher", job, stages, data, job.teacher, recipe, Teacher()))
+
+
+def _train(
+    stage: str,
+    job: Job,
+    stages: Runner,
+    data: Artifact,
+    model: Model,
+    recipe: Recipe,
+    teacher: Teacher,
+) -> Artifact:
+    """Train a network that nothing is pruned of."""
+    return stages.make(
+        stage,
+        {"model": compression.sources.identify(model)}
+        | teacher.config
+        | {
+            "recipe": recipe.model_dump(exclude=_NOT_TRAINING - ({"temperature"} if teacher.given else set())),
+            "seed": job.seed,
+            "fast": job.fast,
+        },
+        {"data": data} | teacher.inputs,
+        lambda work: compression.distributed.run(
+            job.gpus,
+            compression.training.train,
+            work,
+            data,
+            model,
+            recipe,
+            job.seed,
+            programs=job.build / ".compile",
+            downloads=job.build / "downloads",
+            teacher=teacher.model,
+        ),
+        amount=_images(data, recipe) * recipe.epochs,
+    )
+
+
+def take_over(job: Job, stages: Runner) -> tuple[Artifact, Teacher, None, None, None, Artifact]:
     """Take over a user's ONNX file, which is neither trained nor pruned."""
     from toolkit import adopt, onnxfile  # onnx with them
 
@@ -188,7 +240,7 @@ def take_over(job: Job, stages: Runner) -> tuple[Artifact, None, None, None, Art
         lambda work: adopt.adopt(work, data, job.model, source),
         amount=1,
     )
-    return data, None, None, None, exported
+    return data, Teacher(), None, None, None, exported
 
 
 def unpruned(job: Job, stages: Runner, networks: Networks) -> Networks:
@@ -224,7 +276,13 @@ def export(job: Job, stages: Runner, data: Artifact, network: Artifact) -> Artif
 
 
 def quantize(
-    job: Job, stages: Runner, data: Artifact, baseline: Artifact | None, tuned: Artifact | None, exported: Artifact
+    job: Job,
+    stages: Runner,
+    data: Artifact,
+    teacher: Teacher,
+    baseline: Artifact | None,
+    tuned: Artifact | None,
+    exported: Artifact,
 ) -> Artifact:
     """Return the graph in the precision asked for, from a network that may be trained for it."""
     if job.precision == "fp32":
@@ -240,14 +298,14 @@ def quantize(
     inputs = {"data": data, "exported": exported}
     retrain = None
     if baseline and tuned and job.precision == "int8" and job.recipe.qat_epochs:
-        retrain = partial(_retrain, job, data, baseline, tuned, exported)
+        retrain = partial(_retrain, job, data, teacher, baseline, tuned, exported)
         config |= {
             "model": compression.sources.identify(job.model),
-            **({"teacher": compression.sources.identify(job.teacher)} if job.teacher else {}),
+            **teacher.config,
             "recipe": job.recipe.model_dump(exclude={"epochs", "finetune_epochs", "search_images"}),
             "seed": job.seed,
         }
-        inputs |= {"baseline": baseline, "tuned": tuned}
+        inputs |= {"baseline": baseline, "tuned": tuned} | teacher.inputs
     return stages.make(
         "quantize",
         config,
@@ -270,6 +328,7 @@ def quantize(
 def _retrain(
     job: Job,
     data: Artifact,
+    taught: Teacher,
     baseline: Artifact,
     tuned: Artifact,
     exported: Artifact,
@@ -280,7 +339,7 @@ def _retrain(
     from toolkit import export  # PyTorch with it
 
     network = compression.models.restore(job.model, len(data.meta["classes"]), tuned.file("model.pth"))
-    teacher = compression.training.find_teacher(data, job.model, baseline, job.recipe, job.teacher)
+    teacher = compression.training.find_teacher(data, job.model, baseline, job.recipe, taught.model)
     by_module = export.by_module(network, levels)
     fitted = compression.qat.train(work, data, network, by_module, job.recipe, job.seed, teacher)
     path = work.resume / "retrained.onnx"

@@ -28,9 +28,17 @@ from toolkit.stages import Runner
 from toolkit.store import Artifact, Work
 
 STAGES = (
-    "data", "check", "train", "prune", "finetune", "export", "quantize", "reference", "build", "push", "bench",
-    "compare", "report",
+    "data", "check", "teacher", "train", "prune", "finetune", "export", "quantize", "reference", "build", "push",
+    "bench", "compare", "report",
 )  # fmt: skip
+
+
+def stages_of(job: Job, until: str) -> list[str]:
+    """Return the stages that a job takes, in order, up to one of them."""
+    left_out = {"compare"} if job.profile.contract.max_regression is None else set()
+    left_out |= {"teacher"} if job.teacher_recipe is None else set()
+    end = STAGES.index(until) + 1 if until in STAGES else None
+    return [stage for stage in STAGES[:end] if stage not in left_out]
 
 
 def run(job: Job, stages: Runner) -> None:

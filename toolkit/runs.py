@@ -78,10 +78,7 @@ def execute(
         except ToolkitError as caught:
             error = caught
             seen = {done.name for done in stages.done}
-            asked = [
-                stage for stage in pipeline.STAGES if until not in pipeline.STAGES[: pipeline.STAGES.index(stage)]
-            ]
-            left = [stage for stage in asked if stage not in seen]
+            left = [stage for stage in pipeline.stages_of(job, until) if stage not in seen]
             if rollout is None:
                 console.say(f"not done: {', '.join(left)}; the rest is kept")
         record = document.assemble(name, job, stages, rollout.hosts if rollout else None, error)
@@ -144,9 +141,8 @@ def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
     seen = {done.name for done in planner.done}
     stages = [vars(done) for done in planner.done]
     if error is None:
-        left_out = {"compare"} if job.profile.contract.max_regression is None else set()
-        for name in pipeline.STAGES:
-            if name not in seen | left_out:
+        for name in pipeline.stages_of(job, "report"):
+            if name not in seen:
                 seconds = planner.estimate(name, {}, 1) or 0.0
                 text = f"would run (about {units.duration(seconds)})" if seconds else "would run"
                 stages.append({"name": name, "cached": False, "seconds": seconds, "artifact": None, "text": text})

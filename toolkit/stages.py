@@ -32,6 +32,7 @@ _COMMANDS = {"commit": "run", "report": "bench"}  # last stage: command, where t
 VERSIONS = {
     "data": 1,
     "check": 2,
+    "teacher": 1,
     "train": 3,
     "prune": 3,
     "finetune": 3,

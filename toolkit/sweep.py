@@ -110,8 +110,7 @@ def execute(
 
 def _shortened(job: Job) -> Job:
     """Return a job with a quarter of its fine-tuning."""
-    epochs = max(1, job.recipe.finetune_epochs // 4)
-    return job.trained_by(job.recipe.model_copy(update={"finetune_epochs": epochs}))
+    return job.trained_by(finetune_epochs=max(1, job.recipe.finetune_epochs // 4))
 
 
 def _score(candidate: Candidate, console: Console) -> float:

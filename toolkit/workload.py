@@ -125,18 +125,23 @@ class Model(Strict):
 
     @classmethod
     def parse_teacher(cls, text: str) -> Model:
-        """Read the value of ``--teacher``: a model and its checkpoint, ``MODEL=FILE``."""
-        name, _, file = text.partition("=")
-        if not file:
-            raise UsageError(
-                f"--teacher {text} names no checkpoint",
-                "write --teacher MODEL=FILE, as torchvision:resnet50=best.pt",
-            )
-        if not Path(file).is_file():
-            raise UsageError(f"the teacher's checkpoint '{file}' is not a file", "write --teacher MODEL=FILE")
+        """Read the value of ``--teacher``, ``MODEL[=FILE]``: a model, trained first without a checkpoint."""
+        name, given, file = text.partition("=")
         if name.startswith("onnx:"):
-            raise UsageError("an ONNX file cannot teach", "give the PyTorch model with its checkpoint")
-        return cls.parse(name, file)
+            raise UsageError(
+                "an ONNX file cannot teach", "give the PyTorch model, with its checkpoint if it has one"
+            )
+        if given and not Path(file).is_file():
+            raise UsageError(
+                f"the teacher's checkpoint '{file}' is not a file",
+                "write --teacher MODEL=FILE, or --teacher MODEL for one that is trained first",
+            )
+        return cls.parse(name, file or (TORCHVISION if name.startswith(f"{TORCHVISION}:") else None))
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The user's own weights; None where there are none, or torchvision's."""
+        return None if self.weights in (None, TORCHVISION) else Path(str(self.weights))
 
     @property
     def trainable(self) -> bool:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from toolkit.compression import models, sources
+from toolkit.compression import models, pruning, sources
 from toolkit.errors import StageError, UsageError
 from toolkit.workload import Model
 
@@ -176,6 +177,9 @@ def test_torchvisions_weights_are_downloaded_once(tmp_path: Path, monkeypatch: p
     assert error.value.hint is not None
     url, folder = re.findall(r"bring (\S+) to (\S+),", error.value.hint)[0]
     assert folder == str(tmp_path)
+    asked = SimpleNamespace(meta={"input_size": 32, "classes": list("abc")})
+    with pytest.raises(StageError, match="weights of mobilenet_v3_small cannot be downloaded"):
+        pruning.check(asked, Model.parse("resnet20"), 8, "fastnas", tmp_path, model)  # type: ignore[arg-type]
 
     imagenet = models.build(Model.parse("torchvision:mobilenet_v3_small"), 1000, seed=3).state_dict()
     torch.save(imagenet, tmp_path / Path(url).name)
@@ -188,8 +192,9 @@ def test_torchvisions_weights_are_downloaded_once(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("torchvision:resnet50", "names no checkpoint"),
+        ("torchvision:resnet50=", "'' is not a file"),
         ("resnet20=nowhere.pt", "'nowhere.pt' is not a file"),
+        ("resnet21", "no model is called 'resnet21'"),
         (f"onnx:net.onnx={__file__}", "an ONNX file cannot teach"),
         (f"resnet21={__file__}", "no model is called 'resnet21'"),
     ],
@@ -197,6 +202,11 @@ def test_torchvisions_weights_are_downloaded_once(tmp_path: Path, monkeypatch: p
 def test_what_is_wrong_with_a_teacher(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Model.parse_teacher(text)
+
+
+def test_a_teacher_without_a_checkpoint_begins_with_torchvisions_weights_if_it_has_some() -> None:
+    assert Model.parse_teacher("torchvision:resnet50") == Model.parse("torchvision:resnet50", "torchvision")
+    assert Model.parse_teacher("resnet20") == Model.parse("resnet20")
 
 
 def test_only_torchvisions_models_have_its_weights() -> None:

@@ -232,9 +232,17 @@ def test_the_tuned_network_is_trained_and_exported_again(data: Artifact, good: C
     told: list[str] = []
     work = Work(out, tmp_path, lambda done, total, text: told.append(text))
     asked = SimpleNamespace(make=lambda name, config, inputs, make, amount: (config, inputs, make(work)))
-    recipe = RECIPE.model_copy(update={"qat": "always", "qat_epochs": 1, "train_images": 64})
-    job = job_of(tmp_path, precision="int8", model=Model.parse(f"{__name__}:build"), seed=0).trained_by(recipe)
-    config, inputs, meta = networks.quantize(job, asked, data, source, source, source)  # type: ignore[arg-type, misc]
+    recipe = RECIPE.model_dump() | {"qat": "always", "qat_epochs": 1, "train_images": 64}
+    job = job_of(tmp_path, precision="int8", model=Model.parse(f"{__name__}:build"), seed=0).trained_by(**recipe)
+    config, inputs, meta = networks.quantize(  # type: ignore[misc]
+        job,
+        asked,
+        data,
+        networks.Teacher(),
+        source,
+        source,
+        source,  # type: ignore[arg-type]
+    )
     assert config["recipe"]["qat"] == "always"
     assert set(inputs) == {"data", "exported", "baseline", "tuned"}
     assert meta["qat"]["epochs"] == 1

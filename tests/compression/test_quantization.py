@@ -308,7 +308,7 @@ def test_half_of_the_contracts_drop_is_for_int8(tmp_path: Path, runtime: Any) ->
     job = job_of(tmp_path, precision="int8", target=files.load_target("host-cpu").using(runtime))
     profile = job.profile
     assert profile.contract.max_accuracy_drop
-    assert networks.quantize(job, asked, None, None, None, None) == {  # type: ignore[arg-type]
+    assert networks.quantize(job, asked, None, networks.Teacher(), None, None, None) == {  # type: ignore[arg-type]
         "precision": "int8",
         "spelling": "onnxruntime",
         "images": profile.calibration_images,

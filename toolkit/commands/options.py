@@ -21,8 +21,8 @@ else:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 RERUN = (
-    "data", "check", "train", "prune", "finetune", "export", "quantize", "reference", "build", "bench", "compare",
-    "report", "all",
+    "data", "check", "teacher", "train", "prune", "finetune", "export", "quantize", "reference", "build", "bench",
+    "compare", "report", "all",
 )  # fmt: skip
 
 
@@ -123,7 +123,8 @@ _OPTIONS = (
                  help="digits, cifar10 or imagefolder:PATH; with an ONNX file also inputs:FILE.npy or none."),
     click.option("--weights", metavar="FILE",
                  help="Start from this checkpoint (safetensors or state dict), or from 'torchvision', its own."),
-    click.option("--teacher", metavar="MODEL=FILE", help="Learn from this model with its checkpoint."),
+    click.option("--teacher", metavar="MODEL[=FILE]",
+                 help="Learn from this model with its checkpoint; without one, it is trained first."),
     click.option("--mean", metavar="NUMBERS",
                  help="Pixel mean, 0 to 1, that an ONNX file expects: one number or three."),
     click.option("--std", metavar="NUMBERS", help="Pixel standard deviation that goes with --mean."),

@@ -95,16 +95,16 @@ def build(model: Model, num_classes: int, seed: int, downloads: Path | None = No
     if model.weights == TORCHVISION:
         assert downloads is not None
         _load(network, _download(model.name, downloads), num_classes)
-    elif model.weights is not None:
-        _load(network, Path(model.weights), num_classes)
+    elif model.checkpoint is not None:
+        _load(network, model.checkpoint, num_classes)
     return network
 
 
 def build_teacher(model: Model, num_classes: int) -> nn.Module:
     """Build a network that knows all the classes; raises UsageError where its checkpoint does not."""
     network = _fresh(model, num_classes, seed=0)
-    assert model.weights is not None
-    _load(network, Path(model.weights), None)
+    assert model.checkpoint is not None
+    _load(network, model.checkpoint, None)
     return network
 
 
@@ -131,7 +131,7 @@ def _download(name: str, downloads: Path) -> Path:
         except (OSError, RuntimeError) as error:
             raise StageError(
                 f"torchvision's weights of {name} cannot be downloaded: {str(error).splitlines()[0]}",
-                f"bring {url} to {downloads}, or give --weights FILE",
+                f"bring {url} to {downloads}, or give a checkpoint of your own",
             ) from error
     return path
 

@@ -95,7 +95,12 @@ def check(
     network = models.build(model, classes, 0, downloads)
     models.check(network, str(model), size, classes)
     if teacher is not None:
-        models.check(models.build_teacher(teacher, classes), str(teacher), size, classes)
+        knowing = (
+            models.build_teacher(teacher, classes)
+            if teacher.checkpoint
+            else models.build(teacher, classes, 0, downloads)
+        )
+        models.check(knowing, str(teacher), size, classes)
     found = {"params": models.parameters(network), "flops": flops.flops(network, size), "pruner": pruner}
     try:
         possible = reach(network, str(model), size, divisor, pruner)

@@ -45,7 +45,7 @@ def run_inside(arguments: Sequence[str], job: Job, say: Say) -> int:
         with disk_errors(path, "the run"):
             path.mkdir(parents=True, exist_ok=True)
     graph = None if job.model.trainable else job.model.name
-    given = (job.data.path, job.model.weights, job.teacher and job.teacher.weights, graph)
+    given = (job.data.path, job.model.checkpoint, job.teacher and job.teacher.checkpoint, graph)
     read = [Path(path).expanduser().absolute() for path in given if path]
     name = unique_name()
     command = run_command(

@@ -136,6 +136,7 @@ def _compare(meta: Mapping[str, Any]) -> str:
 _DESCRIBE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "data": _data,
     "check": _check,
+    "teacher": _network,
     "train": _network,
     "prune": _prune,
     "finetune": _network,
