@@ -131,6 +131,11 @@ def test_a_wrong_profile_is_named_with_its_line(job: Path, toolkit: Toolkit) -> 
             "does not accept images of 3×32×32",
         ),
         (
+            "from torch import nn\ndef build(num_classes):\n"
+            "    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))\n",
+            "leave recipe.small_crops out of the profile",
+        ),
+        (
             "from torch import nn\nclass N(nn.Module):\n"
             "    def __init__(self, n):\n        super().__init__(); self.f = nn.Linear(3, n)\n"
             "    def forward(self, x):\n        x = x.mean((2, 3))\n"
@@ -143,6 +148,7 @@ def test_a_wrong_profile_is_named_with_its_line(job: Path, toolkit: Toolkit) -> 
 def test_a_model_that_cannot_be_used_is_told_before_training(
     job: Path, toolkit: Toolkit, code: str, words: str
 ) -> None:
+    write_job(job, PROFILE.replace("epochs: 3", "epochs: 3, small_crops: 0.5"), TARGET)
     (job / "mine.py").write_text(code)
     result = toolkit("run", "tiny", "--model", "mine:build")
     assert result.returncode == 2, result.stderr

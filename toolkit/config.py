@@ -88,6 +88,7 @@ class Recipe(Strict):
     flip: bool = True
     crop: int = Field(default=4, ge=0)
     cutout: int = Field(default=0, ge=0)
+    small_crops: float = Field(default=0.0, ge=0, lt=1)
     gradient_checkpointing: bool = False
     teacher: bool = True
     temperature: float = Field(default=4.0, gt=0)
@@ -100,6 +101,16 @@ class Recipe(Strict):
     def images_per_epoch(self, available: int) -> int:
         """Return how many of the training images an epoch sees."""
         return min(available, self.train_images or available)
+
+    @property
+    def small_epochs(self) -> int:
+        """How many epochs of training, the first, see small crops: never all of them."""
+        return int(self.small_crops * self.epochs)
+
+    @staticmethod
+    def small_side(side: int) -> int:
+        """Return the side of a small crop of images of this side: with 9/16 of their pixels."""
+        return side * 3 // 4
 
 
 class Fast(Strict):

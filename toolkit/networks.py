@@ -104,12 +104,16 @@ def shrink(job: Job, stages: Runner) -> tuple[Artifact, Teacher, Artifact, Artif
     model = {"model": compression.sources.identify(job.model)}
 
     data = prepare(job, stages, profile.input_size)
+    small = recipe.small_side(profile.input_size) if recipe.small_epochs else None
     check = stages.make(
         "check",
-        model | Teacher(job.teacher).config | {"divisor": divisor, "pruner": pruner},
+        model
+        | Teacher(job.teacher).config
+        | {"divisor": divisor, "pruner": pruner}
+        | ({} if small is None else {"small": small}),
         {"data": data},
         lambda work: compression.pruning.check(
-            data, job.model, divisor, pruner, job.build / "downloads", job.teacher
+            data, job.model, divisor, pruner, job.build / "downloads", job.teacher, small
         ),
     )
     if check.meta:
@@ -151,7 +155,7 @@ def shrink(job: Job, stages: Runner) -> tuple[Artifact, Teacher, Artifact, Artif
         model
         | teacher.config
         | {
-            "recipe": recipe.model_dump(exclude={"epochs", "search_images", *_QAT}),
+            "recipe": recipe.model_dump(exclude={"epochs", "small_crops", "search_images", *_QAT}),
             "seed": seed,
             "fast": job.fast,
             **({} if enough is None else {"enough": enough}),
@@ -302,7 +306,7 @@ def quantize(
         config |= {
             "model": compression.sources.identify(job.model),
             **teacher.config,
-            "recipe": job.recipe.model_dump(exclude={"epochs", "finetune_epochs", "search_images"}),
+            "recipe": job.recipe.model_dump(exclude={"epochs", "small_crops", "finetune_epochs", "search_images"}),
             "seed": job.seed,
         }
         inputs |= {"baseline": baseline, "tuned": tuned} | teacher.inputs

@@ -85,6 +85,9 @@ def test_a_network_that_does_not_fit_the_data() -> None:
         models.check(models.build(Model.parse("mine:build"), 5, seed=0), "mine:build", 16, 5)
     with pytest.raises(UsageError, match="instead of \\(2, 5\\)"):
         models.check(models.build(Model.parse("mine:plain"), 5, seed=0), "mine:plain", 8, 5)
+    with pytest.raises(UsageError, match="does not accept images of 3×6×6") as error:
+        models.check(models.build(Model.parse("mine:build"), 5, seed=0), "mine:build", 8, 5, small=6)
+    assert "leave recipe.small_crops out" in str(error.value.hint)
 
 
 def test_a_factory_is_identified_by_its_code_and_what_it_imports(here: Path) -> None:

@@ -266,7 +266,7 @@ def test_augmentation_shifts_and_flips_whole_images() -> None:
     pixels[:, :, 3, 2] = 200
     few = Images(Split(pixels, np.zeros(40, np.int64)), {"mean": [0] * 3, "std": [1] * 3}, hardware)
     places = set()
-    for inputs, _ in few.augmented(Recipe(batch=16, crop=2, flip=True), torch.Generator().manual_seed(0)):
+    for inputs, _ in few.augmented(Recipe(batch=16, crop=2, flip=True), torch.Generator().manual_seed(0), 8):
         for image in inputs:
             ((row, column),) = (image[0] > 0).nonzero().tolist()
             assert torch.equal(image[0], image[2])
@@ -280,7 +280,7 @@ def test_augmentation_shifts_and_flips_whole_images() -> None:
 def test_cutout_blanks_a_square_around_any_pixel_of_each_image_and_moves_nothing_else() -> None:
     some = images(64, Hardware(torch.device("cpu"), bf16=False))
     whole, cut = (
-        torch.cat([inputs for inputs, _ in some.augmented(recipe, torch.Generator().manual_seed(3))])
+        torch.cat([inputs for inputs, _ in some.augmented(recipe, torch.Generator().manual_seed(3), 16)])
         for recipe in (Recipe(batch=16), Recipe(batch=16, cutout=3))
     )
     blank = (cut == 0).all(1)
@@ -294,11 +294,47 @@ def test_cutout_blanks_a_square_around_any_pixel_of_each_image_and_moves_nothing
     assert len({tuple(square.flatten().tolist()) for square in blank}) > 16
 
 
+def test_small_crops_are_windows_of_every_part_of_an_image() -> None:
+    hardware = Hardware(torch.device("cpu"), bf16=False)
+    position = np.arange(256).reshape(1, 1, 16, 16)
+    some = Images(
+        Split(np.tile(position, (60, 3, 1, 1)).astype(np.uint8), np.zeros(60, np.int64)),
+        {"mean": [0] * 3, "std": [1] * 3},
+        hardware,
+    )
+    corners = set()
+    for inputs, _ in some.augmented(Recipe(crop=0, flip=False), torch.Generator().manual_seed(3), 12):
+        assert inputs.shape == (60, 3, 12, 12)
+        for image in (inputs * 255).round().long():
+            row, column = divmod(image[0, 0, 0].item(), 16)
+            assert torch.equal(image[2], torch.from_numpy(position[0, 0, row : row + 12, column : column + 12]))
+            corners.add((row, column))
+    assert {row for row, _ in corners} == {column for _, column in corners} == set(range(5))
+
+
+def test_training_on_small_crops_ends_on_whole_images_and_continues_to_the_same_weights(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        sizes.append(inputs.shape[-1])
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    def stop(done: int, total: int, text: str) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        fit(tmp_path / "a", progress=stop, small=2)
+    continued = fit(tmp_path / "a", small=2)
+    assert same(continued, fit(tmp_path / "b", small=2, loss=loss))
+    assert sizes == 8 * [12] + 4 * [16]
+    assert Recipe(epochs=70, small_crops=0.6).small_epochs == 42
+
+
 def test_without_augmentation_every_image_comes_once_and_whole() -> None:
     hardware = Hardware(torch.device("cpu"), bf16=False)
     some = images(37, hardware)
     recipe = Recipe(batch=9, crop=0, flip=False)
-    inputs, labels = zip(*some.augmented(recipe, torch.Generator().manual_seed(3)), strict=True)
+    inputs, labels = zip(*some.augmented(recipe, torch.Generator().manual_seed(3), 16), strict=True)
     seen = torch.cat(inputs)
     expected = some.normalise(some.images)
     assert len(seen) == 36  # the last single image has no batch to be normalised in
@@ -319,7 +355,7 @@ class Tied(torch.nn.Module):
         return self.one(x.mean((2, 3))) + self.two(x.amax((2, 3)))
 
 
-def test_shared_weights_are_saved_and_ones_that_are_taken_as_they_are_validated(
+def test_shared_weights_are_saved_validated_as_they_are_and_trained_on_small_crops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def made(stage: str, make: Callable[[Work], dict[str, Any]]) -> Artifact:
@@ -335,6 +371,15 @@ def test_shared_weights_are_saved_and_ones_that_are_taken_as_they_are_validated(
     hardware = Hardware.find()
     val = Images(datasets.load(data, "val"), data.meta, hardware)
     assert accuracy(predict(hardware.place(network), val), val) == baseline.meta["val"]
+
+    sizes: list[int] = []
+    augmented = Images.augmented
+    monkeypatch.setattr(
+        Images, "augmented", lambda self, *given: sizes.append(given[-1]) or augmented(self, *given)
+    )
+    recipe = Recipe(epochs=3, small_crops=0.67, train_images=64)
+    made("train again", lambda work: training.train(work, data, model, recipe, 1))
+    assert sizes == [6, 6, 8]
 
 
 def test_learning_rate_warms_up_and_goes_down_to_nothing() -> None:

@@ -94,18 +94,29 @@ class Images:
 
     def evaluation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images in order, in batches of a size that inference is fast at."""
-        pixels = self.images.shape[-1] ** 2
+        pixels = self.size**2
         return self.batches(max(16, min(1024, (1 << 22) // pixels)) if self.images.is_cuda else 128)
 
-    def augmented(self, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def size(self) -> int:
+        """Side of the images."""
+        return self.images.shape[-1]
+
+    def augmented(self, recipe: Recipe, generator: torch.Generator, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield one epoch of shuffled, randomly cropped, flipped and cut out batches; the last one may be smaller.
 
         Of more images than the recipe has an epoch see, each epoch draws its own.
         All random numbers are drawn and moved to the device before the first batch, so that none waits for them.
+
+        Args:
+            recipe: How much of each.
+            generator: Of the random numbers.
+            size: Side of the crops, at most that of the images.
         """
-        count, size, pad = recipe.images_per_epoch(len(self)), self.images.shape[-1], recipe.crop
+        count, pad = recipe.images_per_epoch(len(self)), recipe.crop
+        places = self.size + 2 * pad - size + 1
         order = torch.randperm(len(self), generator=generator)[:count]
-        shift = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator).squeeze(2)
+        shift = torch.randint(0, places, (2, count, 1), generator=generator).squeeze(2)
         flipped = torch.rand(count, 1, 1, 1, generator=generator) < (0.5 if recipe.flip else 0.0)
         centre = torch.randint(0, size, (2, count if recipe.cutout else 0, 1), generator=generator)
         order, shift, flipped, centre = (part.to(self.images.device) for part in (order, shift, flipped, centre))
@@ -115,7 +126,7 @@ class Images:
             if len(indices) < 2:  # batch norm has no variance of one image
                 continue
             padded = F.pad(self.images[indices], (pad, pad, pad, pad))
-            windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # a view: (B, 3, 2·pad + 1, 2·pad + 1, S, S)
+            windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # a view: (B, 3, places, places, size, size)
             every = torch.arange(len(indices), device=padded.device)
             crops = windows[every, :, shift[0, batch], shift[1, batch]]
             crops = torch.where(flipped[batch], crops.flip(3), crops)

@@ -229,27 +229,38 @@ def _load(network: nn.Module, path: Path, classes: int | None) -> None:
     network.load_state_dict(state)
 
 
-def check(network: nn.Module, name: str, size: int, num_classes: int) -> None:
+def check(network: nn.Module, name: str, size: int, num_classes: int, small: int | None = None) -> None:
     """Make sure that a network takes ``(2, 3, size, size)`` and returns ``(2, num_classes)``.
+
+    Args:
+        network: That is to be used.
+        name: What it is called in a message.
+        size: Side of the images.
+        num_classes: Of the data.
+        small: Side of other images that it has to take besides, or None.
 
     Raises:
         UsageError: It does not.
     """
     network.eval()
-    try:
-        with torch.no_grad():
-            output = network(torch.zeros(2, 3, size, size))
-    except Exception as error:
-        raise UsageError(
-            f"the model '{name}' does not accept images of 3×{size}×{size}: {str(error).splitlines()[0]}",
-            "set input_size in the profile to what the model takes",
-        ) from error
+    output = _output(network, name, size, "set input_size in the profile to what the model takes")
+    if small is not None:
+        _output(network, name, small, "leave recipe.small_crops out of the profile: the model takes only one size")
     if not isinstance(output, Tensor) or tuple(output.shape) != (2, num_classes):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UsageError(
             f"the model '{name}' returns {shape} for two images, instead of (2, {num_classes})",
             f"it has to return one logit a class; the data have {num_classes} classes",
         )
+
+
+def _output(network: nn.Module, name: str, size: int, remedy: str) -> object:
+    try:
+        with torch.no_grad():
+            return network(torch.zeros(2, 3, size, size))
+    except Exception as error:
+        why = str(error).splitlines()[0]
+        raise UsageError(f"the model '{name}' does not accept images of 3×{size}×{size}: {why}", remedy) from error
 
 
 def save(network: nn.Module, path: Path) -> None:

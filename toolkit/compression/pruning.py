@@ -83,8 +83,18 @@ def check(
     pruner: PrunerName,
     downloads: Path,
     teacher: Model | None = None,
+    small: int | None = None,
 ) -> dict[str, Any]:
     """Build the networks and see, before anything expensive, whether they can be used, and one be pruned how far.
+
+    Args:
+        data: Their classes and the size of their images.
+        model: The network's definition.
+        divisor: Channels are pruned to multiples of it.
+        pruner: That the network is pruned with.
+        downloads: Folder of torchvision's weights.
+        teacher: A network to learn from.
+        small: Side of the small crops that training begins with; None for none.
 
     Returns:
         ``flops``, ``params``, ``pruner``, and of :class:`Reach` ``smallest``, ``skipped``, ``unprunable``; where
@@ -93,14 +103,14 @@ def check(
     _module(pruner)
     size, classes = data.meta["input_size"], len(data.meta["classes"])
     network = models.build(model, classes, 0, downloads)
-    models.check(network, str(model), size, classes)
+    models.check(network, str(model), size, classes, small)
     if teacher is not None:
         knowing = (
             models.build_teacher(teacher, classes)
             if teacher.checkpoint
             else models.build(teacher, classes, 0, downloads)
         )
-        models.check(knowing, str(teacher), size, classes)
+        models.check(knowing, str(teacher), size, classes, small)
     found = {"params": models.parameters(network), "flops": flops.flops(network, size), "pruner": pruner}
     try:
         possible = reach(network, str(model), size, divisor, pruner)

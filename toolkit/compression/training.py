@@ -108,6 +108,7 @@ def fit(
     hardware: Hardware,
     work: Work,
     loss: Loss = _cross_entropy,
+    small: int = 0,
     stop: Callable[[float], bool] | None = None,
     programs: Path | None = None,
 ) -> Fitted:
@@ -129,6 +130,7 @@ def fit(
         work: For checkpoints and progress.
         loss: Called with logits ``(B, classes)`` float32, labels ``(B,)`` and inputs ``(B, 3, S, S)``; a mean over
             the batch.
+        small: So many epochs, the first, see small crops.
         stop: Asked after each epoch with the validation accuracy (0 to 1); ends the training when it says so.
         programs: Folder of compiled programs, kept between runs; None never compiles.
 
@@ -162,14 +164,15 @@ def fit(
     short_of_memory = recompute or backward.parts > 1
     if distributed.size() > 1:
         programs = None  # processes that time steps would not decide alike
+    plain = program = backward.run
     if programs is not None and len(history) < epochs and len(train) >= recipe.batch and not short_of_memory:
         seed_everything(seed)
-        batch = next(train.augmented(recipe, torch.Generator().manual_seed(seed)))
-        backward.run = compiling.choose(
+        batch = next(train.augmented(recipe, torch.Generator().manual_seed(seed), train.size))
+        program = compiling.choose(
             network.train(),
             backward,
             batch,
-            total,
+            (epochs - small) * steps_per_epoch,
             programs,
             lambda text: work.progress(len(history), epochs, text),
         )
@@ -180,8 +183,10 @@ def fit(
         seed_everything(seed * 100_003 + epoch + (distributed.rank() << 48))  # each has dropout of its own
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         network.train()
+        backward.run = plain if epoch < small else program  # which is compiled for one size
+        size = recipe.small_side(train.size) if epoch < small else train.size
         losses: list[Tensor] = []  # on the device: nothing waits for them before the epoch is over
-        for step, (inputs, labels) in enumerate(train.augmented(recipe, generator)):
+        for step, (inputs, labels) in enumerate(train.augmented(recipe, generator, size)):
             rate = learning_rate(epoch * steps_per_epoch + step, total, recipe, base_lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -296,6 +301,7 @@ def train(
         work=work,
         programs=programs,
         loss=learning_from(knowing, recipe, hardware),
+        small=recipe.small_epochs,
     )
     if distributed.rank() > 0:
         return {}
