@@ -330,6 +330,25 @@ def test_training_on_small_crops_ends_on_whole_images_and_continues_to_the_same_
     assert Recipe(epochs=70, small_crops=0.6).small_epochs == 42
 
 
+def test_small_crops_do_not_go_through_a_network_compiled_for_whole_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def choose(network: torch.nn.Module, backward: object, batch: object, steps: int, *_: object) -> Any:
+        assert steps == 4, "what is compiled has to pay back in the last epoch"
+
+        def run(inputs: torch.Tensor) -> Any:
+            sizes.append(inputs.shape[-1])
+            return network(inputs)
+
+        return run
+
+    monkeypatch.setattr(compiling, "choose", choose)
+    fit(tmp_path, small=2, programs=tmp_path)
+    assert sizes == 4 * [16]
+
+
 def test_without_augmentation_every_image_comes_once_and_whole() -> None:
     hardware = Hardware(torch.device("cpu"), bf16=False)
     some = images(37, hardware)
