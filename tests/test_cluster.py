@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ needs_ray = pytest.mark.skipif(
 
 # where all cores are busy, Ray takes longer to start a process than its 30 s allow for
 PATIENT = {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "300", "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "60"}
+# gRPC's handlers of a fork end some of what the head forks before it is another program
+HEAD = PATIENT | {"GRPC_ENABLE_FORK_SUPPORT": "0", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
              f"--runtime-env-agent-port={environments}", "--min-worker-port=0", "--max-worker-port=0",
              "--num-cpus=2", "--num-gpus=0", "--object-store-memory=100000000", "--include-dashboard=false",
              "--include-log-monitor=false", "--disable-usage-stats", "--temp-dir", tmp_path_factory.mktemp("r")],
-            env=os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"} | PATIENT, stdout=output, stderr=output,
+            env=os.environ | HEAD | {"HOME": str(home)}, stdout=output, stderr=output,
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 300
@@ -166,6 +169,32 @@ def test_a_cluster_that_is_too_busy_says_so_itself(tmp_path: Path, monkeypatch: 
     ):
         pass
     assert "TIMEOUT_S=300" in str(told.value.hint)
+
+
+@needs_ray
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_server_that_the_head_could_not_start_is_asked_for_again(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    said = "RuntimeError: Starting Ray client server failed. See ray_client_server_23008.err for detailed logs.\n"
+    answers = iter([ConnectionAbortedError(f"Initialization failure from server:\nTraceback:\n{said}")] * failures)
+    asked = []
+
+    def start(*given: object, **_: object) -> None:
+        asked.append(given)
+        for error in answers:
+            raise error
+
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "nodes", list)
+    refused = (
+        pytest.raises(StageError, match="Starting Ray client server failed") if failures == 3 else nullcontext()
+    )
+    with refused, cluster.connected("ray://head:10001", 1, job_of(tmp_path)):
+        pass
+    assert len(asked) == 3
 
 
 @needs_ray

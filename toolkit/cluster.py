@@ -29,6 +29,8 @@ from toolkit.store import Artifact, DamagedError, Store
 from toolkit.workers import Make
 from toolkit.workload import Model
 
+CONNECTION_ATTEMPTS = 3
+
 Key = tuple[str, str]  # stage and key of an artifact
 
 
@@ -75,19 +77,14 @@ def connected(address: str, parallel: int, job: Job) -> Iterator[Make]:
     with tempfile.TemporaryDirectory() as folder:
         stage(job, Path(folder))
         try:
-            with silenced():
-                ray.init(
-                    address,
-                    runtime_env={"working_dir": folder},
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+            _connect(address, folder)
         except Exception as error:  # Ray's own are of many kinds
             ray.shutdown()
             if isinstance(error, ConnectionAbortedError):  # by the cluster
                 remedy = (
                     "if its head was busy, the same command again; RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S=300 "
-                    "in the environment of its ray start has it wait longer than 30 s"
+                    "in the environment of its ray start has it wait longer than 30 s, and "
+                    "GRPC_ENABLE_FORK_SUPPORT=0 keeps gRPC from ending what it forks"
                 )
             else:
                 remedy = (
@@ -114,6 +111,28 @@ def connected(address: str, parallel: int, job: Job) -> Iterator[Make]:
         ) from error
     finally:
         ray.shutdown()
+
+
+def _connect(address: str, folder: str) -> None:
+    """Connect to a cluster, again where its head could not start this client's server.
+
+    The head forks it while threads of gRPC run, which it does not always survive
+    (https://github.com/ray-project/ray/issues/63202).
+    """
+    import ray
+
+    for attempt in range(1, CONNECTION_ATTEMPTS + 1):
+        try:
+            with silenced():
+                ray.init(
+                    address, runtime_env={"working_dir": folder}, log_to_driver=False, logging_level=logging.ERROR
+                )
+        except ConnectionAbortedError as error:
+            if attempt == CONNECTION_ATTEMPTS or "Starting Ray client server failed" not in str(error):
+                raise
+            ray.shutdown()
+        else:
+            return
 
 
 def stage(job: Job, folder: Path) -> None:
