@@ -103,6 +103,11 @@ class Recipe(Strict):
         return min(available, self.train_images or available)
 
     @property
+    def augmentation(self) -> dict[str, int | bool]:
+        """What becomes of a training image."""
+        return self.model_dump(include={"flip", "crop", "cutout"})
+
+    @property
     def small_epochs(self) -> int:
         """How many epochs of training, the first, see small crops: never all of them."""
         return int(self.small_crops * self.epochs)

@@ -127,7 +127,7 @@ def shrink(job: Job, stages: Runner) -> tuple[Artifact, Teacher, Artifact, Artif
             "budget": job.budget.model_dump(),
             "divisor": divisor,
             "pruner": pruner,
-            "recipe": recipe.model_dump(include={"val_images", "search_images"}),
+            "recipe": recipe.model_dump(include={"val_images", "search_images"}) | recipe.augmentation,
             "seed": seed,
             "fast": job.fast,
         },

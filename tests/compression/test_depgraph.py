@@ -37,6 +37,7 @@ def searched(network: nn.Module, folder: Path, size: int, limit: float, divisor:
         size=size,
         limit=limit,
         divisor=divisor,
+        recipe=Recipe(),
         hardware=Hardware.find(),
         work=Work(folder, folder),
         shared=folder / "shared",

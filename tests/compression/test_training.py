@@ -200,10 +200,25 @@ def test_recalibration_takes_the_statistics_of_the_images() -> None:
     hardware = Hardware(torch.device("cpu"), bf16=False)
     some = images(200, hardware)
     network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(3))
-    batchnorm.recalibrate(network, batchnorm.calibration(some))
+    batchnorm.recalibrate(network, batchnorm.calibration(some, Recipe(crop=0)))
     torch.testing.assert_close(network[0].running_mean, some.normalise(some.images).mean((0, 2, 3)))
     assert network[0].momentum == 0.1
     assert network[2].running_mean.abs().max() < 1e-2, "nothing was dropped"
+
+
+def test_recalibration_augments_images_as_training_does() -> None:
+    some = images(400, Hardware(torch.device("cpu"), bf16=False))
+    recipe = Recipe(crop=4, cutout=6, batch=50)
+    norm = torch.nn.BatchNorm2d(3, momentum=None)
+    for inputs, _ in some.augmented(recipe, torch.Generator().manual_seed(7), some.size):
+        norm(inputs)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    assert (mean - some.normalise(some.images).mean((0, 2, 3))).abs().max() > 0.3, "borders are black"
+    batchnorm.recalibrate(norm, batchnorm.calibration(some, recipe))
+    torch.testing.assert_close(norm.running_mean, mean, atol=0.05, rtol=0)
+    torch.testing.assert_close(norm.running_var, var, atol=0, rtol=0.05)
+    for one, other in zip(batchnorm.calibration(some, recipe), batchnorm.calibration(some, recipe), strict=True):
+        assert torch.equal(one, other), "candidates are told apart by themselves alone"
 
 
 def test_compiling_is_measured_once_and_then_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,16 +11,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit.compression.images import Images
+from toolkit.config import Recipe
 
 _BATCHES = 50  # as many as Model Optimizer takes
 
 
-def calibration(images: Images) -> Iterator[Tensor]:
-    """Yield batches to calibrate batch norm with, as many as Model Optimizer takes; few images come again."""
+def calibration(images: Images, recipe: Recipe) -> Iterator[Tensor]:
+    """Yield batches to calibrate batch norm with, as many as Model Optimizer takes and the same at every call.
+
+    They are augmented as in training: statistics of whole images, without the borders that cropping adds, are
+    not those that the weights have been fitted to. Few images come again, augmented otherwise.
+
+    Args:
+        images: Training images.
+        recipe: How they are cropped, flipped and cut out.
+    """
     size = min(64, max(8, len(images) // _BATCHES))
-    passes = (inputs for _ in itertools.count() for inputs, _ in images.batches(size))
-    batches = (inputs for inputs in passes if len(inputs) > 1)  # one image may have no variance
-    return itertools.islice(batches, _BATCHES)
+    recipe = recipe.model_copy(update={"batch": size, "train_images": size * _BATCHES})
+    generator = torch.Generator().manual_seed(0)
+    passes = (inputs for _ in itertools.count() for inputs, _ in images.augmented(recipe, generator, images.size))
+    return itertools.islice(passes, _BATCHES)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from toolkit.compression import flops
 from toolkit.compression.batchnorm import calibration, recalibrate
 from toolkit.compression.images import Hardware, Images, accuracy, predict
+from toolkit.config import Recipe
 from toolkit.errors import UsageError
 from toolkit.store import Work
 
@@ -139,6 +140,7 @@ def search(
     size: int,
     limit: float,
     divisor: int,
+    recipe: Recipe,
     hardware: Hardware,
     work: Work,
     shared: Path,
@@ -152,6 +154,7 @@ def search(
         size: Edge length of an image in pixels.
         limit: FLOPs of one image, at most.
         divisor: Every width is a multiple of it.
+        recipe: How the images for batch norm are augmented.
         hardware: Where and in what to compute.
         work: For progress.
         shared: Not used: nothing takes long enough to be kept.
@@ -164,7 +167,7 @@ def search(
         candidate = copy.deepcopy(network)
         _shrink(candidate, importance, train, size, limit, divisor, hardware)
         with hardware.autocast():
-            recalibrate(candidate, calibration(train))
+            recalibrate(candidate, calibration(train, recipe))
             value = accuracy(predict(candidate, val), val)
         candidates.append((value, candidate))
         work.progress(len(candidates), 2, f"by {name}: validation {value:.2%}")

@@ -16,6 +16,7 @@ from toolkit.compression import flops
 from toolkit.compression.batchnorm import calibration, recalibrate
 from toolkit.compression.images import Hardware, Images
 from toolkit.compression.scoring import Scorer
+from toolkit.config import Recipe
 from toolkit.errors import UsageError
 from toolkit.store import Work
 
@@ -82,6 +83,7 @@ def search(
     size: int,
     limit: float,
     divisor: int,
+    recipe: Recipe,
     hardware: Hardware,
     work: Work,
     shared: Path,
@@ -99,13 +101,14 @@ def search(
         size: Edge length of an image in pixels.
         limit: FLOPs of one image, at most.
         divisor: Every width is a multiple of it.
+        recipe: How the images that recalibrate batch norm are augmented.
         hardware: Where and in what to compute.
         work: For the unfinished search and progress.
         shared: File stem of what the search finds out that holds for every budget of this baseline.
     """
     import modelopt.torch.prune as mtp
 
-    scorer = Scorer(lambda: calibration(train), val)
+    scorer = Scorer(lambda: calibration(train, recipe), val)
     evaluated = 0
 
     def score(candidate: nn.Module) -> float:
@@ -136,7 +139,7 @@ def search(
         return pruned
 
     with hardware.autocast(), flops.counting():
-        recalibrate(network, calibration(train))  # as Model Optimizer would, had it data
+        recalibrate(network, calibration(train, recipe))  # as Model Optimizer would, had it data
         pruned = prune()
         _share_search(checkpoint, kept)
         while flops.flops(pruned, size) > limit and _give_in(checkpoint):

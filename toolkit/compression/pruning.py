@@ -143,7 +143,7 @@ def prune(
         data: The data artifact; training images calibrate, validation images score.
         model: The network's definition.
         baseline: The trained network.
-        recipe: For the number of images.
+        recipe: For the number of images, and how those that calibrate are augmented.
         budget: FLOPs of the result, at most.
         divisor: Every width is a multiple of it.
         pruner: Which one.
@@ -168,6 +168,7 @@ def prune(
         val = Images(
             datasets.load(data, "val").first(recipe.val_images).first(recipe.search_images), data.meta, hardware
         )
+        known = baseline.digest[:16], divisor, len(train), len(val), *recipe.augmentation.values()
         network = _module(pruner).search(
             network,
             train,
@@ -175,12 +176,13 @@ def prune(
             size=data.meta["input_size"],
             limit=limit,
             divisor=divisor,
+            recipe=recipe,
             hardware=hardware,
             work=work,
-            shared=searches / f"{baseline.digest[:16]}-{divisor}-{len(train)}-{len(val)}",
+            shared=searches / "-".join(map(str, known)),
         )
         with hardware.autocast():
-            recalibrate(hardware.place(network), calibration(train))
+            recalibrate(hardware.place(network), calibration(train, recipe))
     result = measure(network, data, hardware)
     if pruned and result["flops"] > limit:
         raise StageError(
