@@ -121,7 +121,7 @@ def _score(candidate: Candidate, console: Console) -> float:
     with store.in_use(), silenced(), contextlib.suppress(Reached):
         networks.compress(job, stages)
     history = stages.artifacts["finetune"].meta["history"] or stages.artifacts["train"].meta["history"]
-    # of the best epoch, whose weights are kept; of none where it is neither trained nor fine-tuned
+    # of the best epoch; of none where it is neither trained nor fine-tuned
     accuracy: float = max((epoch["val"] for epoch in history), default=0.0)
     console.say(f"{candidate.label}: validation {accuracy:.2%} after {job.recipe.finetune_epochs} epochs")
     return accuracy

@@ -119,6 +119,29 @@ def test_a_training_that_suffices_ends_and_says_why(tmp_path: Path) -> None:
     assert fitted(tmp_path / "whole", stop=lambda score: False)[1].stopped is None
 
 
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ([0.2, 0.8, 0.9, 0.85, 0.85], 5),  # 0.067 is the standard error of 18 in 20
+        ([0.2, 0.8, 0.9, 0.85, 0.8], 4),
+        ([0.9, 0.95, 0.85, 1.0, 0.95], 4),
+        ([0.0, 0.0], 2),
+    ],
+)
+def test_the_last_epoch_as_good_as_the_best_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float], kept: int
+) -> None:
+    rest = iter(scores)
+    monkeypatch.setattr(training, "accuracy", lambda logits, images: next(rest))
+    states: list[dict[str, Any]] = []
+
+    def after(done: int, total: int, text: str) -> None:
+        states.append(torch.load(tmp_path / "resume/checkpoint.pt", weights_only=True)["network"])
+
+    state, _ = fitted(tmp_path, len(scores), progress=after)
+    assert [number for number, each in enumerate(states, 1) if same(state, each)] == [kept]
+
+
 def test_a_batch_too_large_for_the_memory_is_halved(tmp_path: Path) -> None:
     def hungry(logits: torch.Tensor, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         if len(inputs) > 4:

@@ -112,7 +112,11 @@ def fit(
     stop: Callable[[float], bool] | None = None,
     programs: Path | None = None,
 ) -> Fitted:
-    """Train in place and leave the weights of the best epoch by validation accuracy in the network.
+    """Train in place and leave the weights of the last epoch that is as good as the best one in the network.
+
+    That is, whose validation accuracy is at most a standard error below the highest (Breiman et al. 1984,
+    "Classification and Regression Trees"): of the highest itself luck decides, and where the learning rate was
+    still high, it may be far from what the last epochs come to.
 
     Every epoch ends with a checkpoint in ``work.resume``; the random numbers of an epoch depend on the seed and
     the epoch alone, so that a continued run gives the same weights as an undisturbed one. A batch that the memory
@@ -196,8 +200,9 @@ def fit(
         with hardware.autocast():
             score = distributed.first(lambda: accuracy(predict(network, val), val))
         history.append({"loss": round(mean, 6), "val": score})
-        if score >= best["val"]:
-            best = {"val": score, "state": {k: v.clone() for k, v in network.state_dict().items()}}
+        best["val"] = max(best["val"], score)
+        if score >= best["val"] - math.sqrt(best["val"] * (1 - best["val"]) / len(val)):
+            best["state"] = {k: v.clone() for k, v in network.state_dict().items()}
         state = {
             "network": network.state_dict(),
             "optimizer": optimizer.state_dict(),
