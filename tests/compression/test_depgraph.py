@@ -214,3 +214,10 @@ def test_from_a_checkpoint_and_a_teacher_to_a_tuned_network(tmp_path: Path) -> N
     labels = recipe.model_copy(update={"teacher": False})
     untaught = made("untaught", lambda work: training.finetune(work, data, model, baseline, pruned, labels, 1))
     assert untaught.meta["history"] != by_itself.meta["history"], "without a teacher, the unpruned network teaches"
+    long = recipe.model_copy(update={"epochs": 10})
+    gently = made("gently", lambda work: training.finetune(work, data, model, baseline, pruned, long, 1))
+    first, other = (
+        torch.cat([parameter.flatten() for parameter in models.restore(model, 10, file).parameters()])
+        for file in (by_itself.file("model.pth"), gently.file("model.pth"))
+    )
+    assert not torch.equal(first, other), "its learning rate depends on training's length"

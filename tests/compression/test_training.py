@@ -448,6 +448,14 @@ def test_learning_rate_warms_up_and_goes_down_to_nothing() -> None:
     assert rates[9:] == sorted(rates[9:], reverse=True)
 
 
+def test_fine_tuning_starts_from_the_rate_that_training_had_so_many_epochs_before_its_end() -> None:
+    recipe = Recipe(epochs=100, finetune_epochs=20, warmup=0.05)
+    assert training.rewound(recipe) == pytest.approx(training.learning_rate(80, 100, recipe, recipe.lr), rel=0.15)
+    rates = [training.rewound(Recipe(epochs=epochs, finetune_epochs=8, lr=0.3)) for epochs in (0, 4, 8, 16, 17, 60)]
+    assert rates[:4] == pytest.approx([0.15] * 4), "at most half"
+    assert 0.15 > rates[4] > rates[5] > 0
+
+
 def test_accuracy_counts_every_image() -> None:
     hardware = Hardware(torch.device("cpu"), bf16=False)
     some = images(21, hardware)

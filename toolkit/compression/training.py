@@ -48,6 +48,16 @@ def learning_rate(step: int, total: int, recipe: Recipe, base: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
+def rewound(recipe: Recipe) -> float:
+    """Return the rate of fine-tuning for a batch of 128: what training's was so many epochs before its end.
+
+    At most half of training's highest. Renda et al. 2020, "Comparing Rewinding and Fine-tuning in Neural Network
+    Pruning" (learning rate rewinding), arXiv:2003.02389.
+    """
+    share = min(1.0, recipe.finetune_epochs / max(1, recipe.epochs))
+    return recipe.lr * min(0.5, 0.5 * (1 - math.cos(math.pi * share)))
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
@@ -337,7 +347,7 @@ def finetune(
     teacher: Model | None = None,
     enough: float | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune the pruned network at half the learning rate; writes ``model.pth`` and ``test.logits.npy``.
+    """Fine-tune the pruned network; writes ``model.pth`` and ``test.logits.npy``.
 
     The teacher, or else the baseline, teaches it (soft targets); without a teacher the recipe may say otherwise.
     A network that was not pruned is kept as it is.
@@ -370,7 +380,7 @@ def finetune(
             Images(datasets.load(data, "val").first(recipe.val_images), data.meta, hardware),
             recipe=recipe,
             epochs=recipe.finetune_epochs,
-            base_lr=recipe.lr / 2,
+            base_lr=rewound(recipe),
             seed=seed,
             hardware=hardware,
             work=work,
