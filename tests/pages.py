@@ -405,7 +405,8 @@ def _document(
         "engine": {"runtime": "onnxruntime", "precision": "int8", "provider": "CPUExecutionProvider",
                    "bytes": 338_063, "sha256": "06c58600" * 8,
                    "fingerprint": {"runtime": "onnxruntime", "version": "1.31.1", "arch": "x86_64",
-                                   "cpu": "AMD EPYC (0c31b8d6)"}} if bench else None,
+                                   "cpu": "AMD EPYC (0c31b8d6)"},
+                   "runtimes": {"onnxruntime": bench["latency_ms"]["p50"]}} if bench else None,
         "bench": bench, "verdict": verdict(bench, status) if judged and bench else None,
         "commit": {"committed": status == "passed", "reason": "it kept its contract" if status == "passed" else
                    "the contract is broken; what was current stays", "current": "cec22805e6e8bd0d",

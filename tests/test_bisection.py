@@ -100,11 +100,16 @@ def test_the_first_guess_is_what_the_table_expects(
 ) -> None:
     whole, wanted = network(1.0), network(0.75)
     known = {"whole": whole, "half": network(0.5)}
-    monkeypatch.setattr(bisection, "measured_networks", lambda job: known)
+    monkeypatch.setattr(bisection, "measured_networks", lambda job, runtime: known)
     limit = {"latency_p50": wanted.ms, "latency_p99": 1.2 * wanted.ms, "throughput": 1000 / wanted.ms}
     job = limited(job_of(tmp_path), **{clause: limit[clause]})
     budgets = [bisection.budget_at(step / STEPS, 20e6, 100e6) for step in range(STEPS + 1)]
-    document = {"artifacts": {"bench": "whole"}, "bench": measured(whole), "verdict": {"status": "failed"}}
+    document = {
+        "artifacts": {"bench": "whole"},
+        "engine": {"runtime": "onnxruntime"},
+        "bench": measured(whole),
+        "verdict": {"status": "failed"},
+    }
     step = bisection._guess(job, document, budgets, 100e6)
     assert budgets[step].value <= 0.75**2 * 100e6 < budgets[step + 1].value
     told = bisection._said(job, document)
@@ -141,7 +146,8 @@ def test_only_what_was_measured_in_the_same_way_is_in_the_table(
         }
         (tmp_path / "runs" / run).mkdir(parents=True)
         (tmp_path / "runs" / run / "run.json").write_text(json.dumps(document))
-    assert list(bisection.measured_networks(job_of(tmp_path))) == ["alike"]
+    assert list(bisection.measured_networks(job_of(tmp_path), "onnxruntime")) == ["alike"]
+    assert bisection.measured_networks(job_of(tmp_path), "openvino") == {}
 
 
 def test_a_network_that_is_cut_alike_everywhere_is_what_it_would_be() -> None:

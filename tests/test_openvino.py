@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
+from pydantic import ValidationError
 
-from tests.conftest import run_toolkit
+from tests.conftest import job_of, run_toolkit
 from tests.nvidia import graph, images, reference, request
 from tests.test_doctor import COMMON, parse
-from toolkit import doctor, engines, files
+from toolkit import doctor, engines, files, pipeline
 from toolkit.agent import engine, facts, ov
 from toolkit.agent.protocol import Refusal
 from toolkit.config import Target
+from toolkit.console import Console
 from toolkit.delivery import provision
 from toolkit.devices.agent import Agent
 from toolkit.devices.local import LocalDevice
 from toolkit.engines import places
 from toolkit.errors import StageError
+from toolkit.job import Job
+from toolkit.report.document import SCHEMA
+from toolkit.stages import Runner
+from toolkit.store import Store
 
 openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -e '.[openvino]'")
 
@@ -206,6 +214,142 @@ def test_a_device_that_lacks_it_is_told_what_to_do() -> None:
 def test_any_target_of_a_cpu_can_use_it() -> None:
     chosen = files.load_target("host-cpu").using("openvino")
     assert (chosen.runtime, chosen.where, chosen.on_cpu) == ("openvino", "device", True)
+
+
+BOTH = "description: a small job\nprofile: tiny\nruntime: onnxruntime\nalternatives: [openvino]\n"
+
+
+def test_a_target_with_an_alternative_ships_the_faster_engine(finished_copy: Path) -> None:
+    (finished_copy / "targets" / "tiny.yaml").write_text(BOTH)
+    plan = json.loads(run_toolkit(finished_copy, "plan", "tiny", "--precision", "int8", "--json").stdout)
+    assert [stage["name"] for stage in plan["stages"] if not stage["cached"]] == [
+        "build",
+        "push",
+        "bench",
+        "report",
+    ]
+    result = run_toolkit(finished_copy, "run", "tiny", "--precision", "int8")
+    assert result.returncode == 0, result.stderr
+    newest = max((finished_copy / "build" / "runs").glob("*/run.json"))
+    recorded = json.loads(newest.read_text())
+    jsonschema.validate(recorded, json.loads(SCHEMA.read_text()))
+    medians = {name: p50["value"] for name, p50 in recorded["engine"]["runtimes"].items()}
+    assert set(medians) == {"onnxruntime", "openvino"}
+    fastest = min(medians, key=lambda name: medians[name])
+    assert recorded["engine"]["runtime"] == recorded["engine"]["fingerprint"]["runtime"] == fastest
+    assert recorded["bench"]["latency_ms"]["p50"]["value"] == medians[fastest]
+    current = finished_copy / "build" / "devices" / "tiny" / "current"
+    assert json.loads((current / "engine.json").read_text())["runtime"] == fastest
+    said = f"faster here than {'ONNX Runtime' if fastest == 'openvino' else 'OpenVINO'} (p50 "
+    assert said in result.stdout
+    assert said in newest.with_name("report.html").read_text()
+    assert said in newest.with_name("report.md").read_text()
+    again = json.loads(run_toolkit(finished_copy, "run", "tiny", "--precision", "int8", "--json").stdout)
+    assert all(stage["cached"] for stage in again["stages"])
+    assert again["engine"] == recorded["engine"]
+    alone = ("bench", "tiny", "--precision", "int8", "--runtime", "onnxruntime", "--json")
+    pinned = json.loads(run_toolkit(finished_copy, *alone).stdout)
+    assert list(pinned["engine"]["runtimes"]) == [pinned["engine"]["runtime"]] == ["onnxruntime"]
+
+
+def chosen(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    medians: tuple[float | None, float],
+    statuses: tuple[str, str] = ("passed", "passed"),
+    installed: Sequence[str] = ("onnxruntime", "openvino"),
+    problem: str | None = None,
+) -> tuple[str, Runner]:
+    """Return which runtime is taken when both, ONNX Runtime first, measure so, and the runner."""
+    p50 = dict(zip(("onnxruntime", "openvino"), medians, strict=True))
+    status = dict(zip(("onnxruntime", "openvino"), statuses, strict=True))
+    device = SimpleNamespace(facts=lambda: {"runtimes": dict.fromkeys(installed, "1.0")}, name="the board")
+
+    def bring(job: Job, stages: Runner, made: Any) -> Any:
+        return SimpleNamespace(device=device, runtime=job.target.runtime)
+
+    def measure(job: Job, stages: Runner, there: Any) -> Any:
+        if problem and there.runtime == "openvino":
+            raise StageError(problem)
+        return SimpleNamespace(meta={"latency_ms": {"p50": {"value": p50[there.runtime]}}})
+
+    def judge(job: Job, there: Any, bench: Any) -> Any:
+        return SimpleNamespace(status=status[there.runtime])
+
+    monkeypatch.setattr(pipeline, "bring", bring)
+    monkeypatch.setattr(pipeline.measurement, "measure", measure)
+    monkeypatch.setattr(pipeline.measurement, "judge", judge)
+    stages = Runner(Store(folder), Console(), "commit")
+    networks: Any = None
+    there: Any = pipeline.fastest(job_of(folder), stages, networks)[0]
+    return there.runtime, stages
+
+
+@pytest.mark.parametrize(
+    ("medians", "statuses", "taken"),
+    [
+        ((2.0, 1.0), ("passed", "passed"), "openvino"),
+        ((1.0, 2.0), ("passed", "passed"), "onnxruntime"),
+        ((1.0, 1.0), ("passed", "passed"), "onnxruntime"),
+        ((2.0, 1.0), ("passed", "failed"), "onnxruntime"),
+        ((1.0, 2.0), ("failed", "undecided"), "openvino"),
+        ((2.0, 1.0), ("failed", "failed"), "openvino"),
+        ((None, 1.0), ("passed", "passed"), "openvino"),
+    ],
+)
+def test_an_engine_that_breaks_the_contract_is_no_faster_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    medians: tuple[float | None, float],
+    statuses: tuple[str, str],
+    taken: str,
+) -> None:
+    runtime, stages = chosen(tmp_path, monkeypatch, medians, statuses)
+    assert runtime == taken
+    assert stages.runtimes == {"onnxruntime": {"value": medians[0]}, "openvino": {"value": medians[1]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"installed": ["onnxruntime"]}, "it is not installed on the board"),
+        ({"problem": "there is no fp16 here"}, "there is no fp16 here"),
+    ],
+)
+def test_an_alternative_that_cannot_be_measured_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    why: str,
+) -> None:
+    runtime, stages = chosen(tmp_path, monkeypatch, (2.0, 1.0), **changes)
+    assert (runtime, list(stages.runtimes)) == ("onnxruntime", ["onnxruntime"])
+    assert f"OpenVINO is not measured: {why}" in capsys.readouterr().err
+
+
+def test_a_device_gets_the_alternatives_too() -> None:
+    there = files.load_target("host-cpu").at("board")
+    board = COMMON + "arch=aarch64\nprocessor=\nflags=fp\nmemory_kb=4000000\npython=3.11.2\nend=yes\n"
+    wanted = provision.needs(there, parse(board), "board")
+    assert wanted == {"numpy": "", "pillow": "", "onnxruntime": "", "openvino": ">=2025.0"}
+    (check,) = (check for check in doctor.judge(parse(board), there, "/releases") if check.name == "alternative")
+    assert (check.status, check.text) == ("warn", "OpenVINO is not installed there")
+    assert check.hint == "toolkit provision host-cpu --host board"
+
+
+@pytest.mark.parametrize(
+    ("name", "alternatives", "message"),
+    [
+        ("host-cpu", ["onnxruntime"], "onnxruntime is the runtime already"),
+        ("host-cpu", ["tensorrt"], "Input should be 'onnxruntime' or 'openvino'"),
+        ("jetson-orin", ["openvino"], "alternatives are runtimes of the CPU"),
+    ],
+)
+def test_alternatives_that_are_none(name: str, alternatives: list[str], message: str) -> None:
+    values = files.load_target(name).model_dump()
+    with pytest.raises(ValidationError, match=message):
+        Target(**values | {"alternatives": alternatives})
 
 
 def test_the_whole_job(finished_copy: Path, finished: tuple[Path, dict[str, Any]]) -> None:

@@ -134,8 +134,8 @@ def probe(job: Job, budget: Flops, console: Console) -> dict[str, Any]:
     return outcome.document
 
 
-def measured_networks(job: Job) -> dict[str, latency_table.Network]:
-    """Return what such a device has measured in the job's way (runtime, threads, ...), by the ``bench`` key."""
+def measured_networks(job: Job, runtime: str) -> dict[str, latency_table.Network]:
+    """Return what such a device has measured in a runtime, in the job's way, by the ``bench`` key."""
     store, facts = Store(job.build / "store"), pipeline.destination(job).device.facts()
     found: dict[str, latency_table.Network] = {}
     for path in sorted((job.build / "runs").glob("*/run.json")):
@@ -145,7 +145,7 @@ def measured_networks(job: Job) -> dict[str, latency_table.Network]:
         engine, bench = document["engine"], document["bench"]
         way = (engine["runtime"], engine["precision"], bench["scenario"], bench["ran"]["threads"])
         threads = job.target.threads if job.target.on_cpu else None
-        asked = (job.target.runtime, job.precision, job.profile.contract.scenario, threads)
+        asked = (runtime, job.precision, job.profile.contract.scenario, threads)
         if way != asked or any(facts.get(key) != value for key, value in bench["device"].items()):
             continue
         with contextlib.suppress(StageError):  # gc has removed it
@@ -167,10 +167,11 @@ def profile(job: Job, console: Console) -> dict[str, Any]:
     Raises:
         StageError: The runtime there does not tell the time of layers.
     """
+    job = replace(job, target=job.target.using(job.target.runtime))  # a table is of one
     smallest, whole = reach(job, console)
     for share in (0.0, 0.5, 1.0):
         probe(job, budget_at(share, smallest, whole), console)
-    known = list(measured_networks(job).values())
+    known = list(measured_networks(job, job.target.runtime).values())
     if not known or not known[0].others(known):
         raise StageError("no two networks with timed layers were measured there", "another --runtime")
     shares = latency_table.errors(known)
@@ -189,7 +190,7 @@ def _limited(contract: Contract) -> bool:
 
 def _said(job: Job, document: Mapping[str, Any]) -> str:
     """Return predicted and measured latency of a probe, and what its contract says."""
-    known = measured_networks(job)
+    known = measured_networks(job, document["engine"]["runtime"])
     network = known.get(document["artifacts"]["bench"])
     others = network.others(known.values()) if network else []
     predicted = ""
@@ -201,7 +202,7 @@ def _said(job: Job, document: Mapping[str, Any]) -> str:
 
 def _guess(job: Job, whole: Mapping[str, Any], budgets: list[Flops], flops: float) -> int:
     """Return the step at which the table expects what the contract asks for; the middle without a table."""
-    known = measured_networks(job)
+    known = measured_networks(job, whole["engine"]["runtime"])
     network = known.get(whole["artifacts"]["bench"])
     if network is None:
         return STEPS // 2

@@ -255,6 +255,7 @@ class Target(Strict):
     arch: Literal["x86_64", "aarch64", "any"] = "any"
     compute_capability: Capability | None = None
     runtime: RuntimeName
+    alternatives: list[Literal["onnxruntime", "openvino"]] = Field(default=[])
     host: str | None = None
     hosts: list[str] = Field(default=[])
     groups: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(default={})
@@ -274,6 +275,14 @@ class Target(Strict):
     def _check_hosts(self) -> Target:
         if self.host is not None and (self.hosts or self.groups):
             raise ValueError("'host' names one device, 'hosts' and 'groups' a fleet; keep one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_alternatives(self) -> Target:
+        if self.alternatives and not self.on_cpu:
+            raise ValueError("alternatives are runtimes of the CPU, and this target's runtime is of the GPU")
+        if self.runtime in self.alternatives:
+            raise ValueError(f"{self.runtime} is the runtime already; leave it out of alternatives")
         return self
 
     @model_validator(mode="after")
@@ -328,16 +337,17 @@ class Target(Strict):
         return self.model_copy(update={"host": None, "hosts": list(dict.fromkeys(hosts)), "groups": {}})
 
     def using(self, runtime: RuntimeName) -> Target:
-        """Return the target with another runtime, whose engine is built where that runtime's naturally is.
+        """Return the target with this runtime alone, whose engine is built where another one's naturally is.
 
         Raises:
             UsageError: It does not go with that runtime.
         """
         if runtime == self.runtime:
-            return self
+            return self.model_copy(update={"alternatives": []})
         values = self.model_dump()
         try:
-            return Target(**values | {"runtime": runtime, "build": values["build"] | {"where": None}})
+            changes = {"runtime": runtime, "alternatives": [], "build": values["build"] | {"where": None}}
+            return Target(**values | changes)
         except ValidationError as error:
             problem = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise UsageError(f"--runtime {runtime}: {problem}", f"toolkit targets show {self.name}") from None

@@ -6,13 +6,14 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 from toolkit import units
 from toolkit.agent import facts
 from toolkit.checks import Check
-from toolkit.config import Target
+from toolkit.config import RuntimeName, Target
 from toolkit.devices import Device
 from toolkit.devices.probe import Probe, probe
 from toolkit.engines.places import INSTALL, NAMES
@@ -85,6 +86,7 @@ def judge(found: Probe, target: Target, root: str) -> list[Check]:
     else:
         hint = _remedy(target, INSTALL[target.runtime])
         checks.append(_runtime(target, found.runtimes.get(target.runtime), "there", hint))
+        checks += [_alternative(target, name, found.runtimes.get(name)) for name in target.alternatives]
         if target.runtime == "tensorrt" and not found.tensorrt_python:
             checks.append(_trtexec(found))
         checks.append(python(found))
@@ -120,6 +122,12 @@ def _space(name: str, free: int, where: str | Path, limits: tuple[float, float],
     if free < comfortable:
         return Check(name, "warn", f"{text}, less than {units.size(comfortable)}", hint)
     return Check(name, "pass", text)
+
+
+def _alternative(target: Target, runtime: RuntimeName, version: str | None) -> Check:
+    """Say whether a runtime that a release may have is there; without it the target's own is not compared."""
+    check = _runtime(target.using(runtime), version, "there", _remedy(target, INSTALL[runtime]))
+    return replace(check, name="alternative", status="warn" if check.status == "fail" else check.status)
 
 
 def _runtime(target: Target, version: str | None, where: str, hint: str) -> Check:

@@ -138,11 +138,13 @@ def plan(job: Job, rerun: frozenset[str] = frozenset()) -> Outcome:
         raise
     except ToolkitError as caught:
         error = caught
-    seen = {done.name for done in planner.done}
+    seen = [done.name for done in planner.done]
     stages = [vars(done) for done in planner.done]
     if error is None:
-        for name in pipeline.stages_of(job, "report"):
-            if name not in seen:
+        order = pipeline.stages_of(job, "report")
+        for name in order:
+            # what comes after the last one comes again, for a second runtime
+            if name not in seen or order.index(name) > order.index(seen[-1]):
                 seconds = planner.estimate(name, {}, 1) or 0.0
                 text = f"would run (about {units.duration(seconds)})" if seconds else "would run"
                 stages.append({"name": name, "cached": False, "seconds": seconds, "artifact": None, "text": text})

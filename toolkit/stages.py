@@ -10,7 +10,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from toolkit import units
@@ -73,6 +73,7 @@ class Runner:
         fast: Whether this is a fast run.
         done: What became of each stage so far.
         artifacts: The artifacts so far, by stage.
+        runtimes: The p50 of each runtime that was measured, as ``bench`` has it; the engine's is the fastest.
         leases: Devices that are held until it is closed.
         draws: Whether the report's pictures are drawn; not for each host of a fleet.
     """
@@ -84,6 +85,7 @@ class Runner:
     fast: bool = False
     done: list[Done] = field(default_factory=list)
     artifacts: dict[str, Artifact] = field(default_factory=dict)
+    runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     leases: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     release: str | None = None
     pushed: Pushed | None = None
@@ -101,8 +103,16 @@ class Runner:
         )
 
     def aside(self, console: Console | None = None) -> Runner:
-        """Return a runner with an account of its own: for one host of a fleet, for a second engine."""
+        """Return a runner with an account of its own: for one host of a fleet, for an engine to compare with."""
         return Runner(self.store, console or self.console, self.until, self.rerun, self.fast, draws=False)
+
+    def beside(self) -> Runner:
+        """Return a runner with the same account, for another engine from the same graph; see :meth:`take`."""
+        return replace(self, artifacts=dict(self.artifacts))
+
+    def take(self, other: Runner) -> None:
+        """Go on with the engine that another runner has made."""
+        self.artifacts, self.release, self.pushed = other.artifacts, other.release, other.pushed
 
     def make(
         self,

@@ -34,9 +34,11 @@ def go(
         raise UsageError(f"--flops: {error}", "write amounts (60M) or shares of the baseline (75%)") from None
     axes = candidates.Axes(
         budgets,
-        _words(precision, job.precision, lambda: engines.PRECISIONS),
-        _words(pruner, job.profile.pruner, tuple),
-        _words(runtime, job.target.runtime, lambda: candidates.runtimes_for(job.target)),
+        _words(precision, [job.precision], lambda: engines.PRECISIONS),
+        _words(pruner, [job.profile.pruner], tuple),
+        _words(
+            runtime, [job.target.runtime, *job.target.alternatives], lambda: candidates.runtimes_for(job.target)
+        ),
     )
     console = Console(quiet=options["quiet"])
     rerun = frozenset(options["rerun"])
@@ -50,9 +52,9 @@ def go(
     raise click.exceptions.Exit(outcome.exit_code)
 
 
-def _words(text: str | None, default: Any, auto: Any) -> list[Any]:
+def _words(text: str | None, default: list[Any], auto: Any) -> list[Any]:
     """Return the words of a list; ``auto`` stands for all that there are."""
-    words = text.split(",") if text else [default]
+    words = text.split(",") if text else default
     return [one for word in words for one in (auto() if word == "auto" else [word])]
 
 

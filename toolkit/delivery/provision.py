@@ -16,6 +16,7 @@ from toolkit.devices.probe import Probe, probe
 from toolkit.errors import StageError
 from toolkit.store import Progress, sha256_file
 
+_ON_CPU = {"onnxruntime": "", "openvino": ">=2025.0"}
 _MODULES = {
     "cuda-python": "cuda",
     "numpy": "numpy",
@@ -115,7 +116,7 @@ def needs(target: Target, found: Probe, where: str) -> dict[str, str]:
     """Return the packages that a target's releases need on a device, with their versions as pip writes them.
 
     Args:
-        target: Its runtime decides.
+        target: Its runtimes decide.
         found: The device.
         where: Its name, for messages.
 
@@ -123,10 +124,8 @@ def needs(target: Target, found: Probe, where: str) -> dict[str, str]:
         StageError: Its releases run in a container there.
     """
     wanted = {"numpy": "", "pillow": ""}
-    if target.runtime == "onnxruntime":
-        return wanted | {"onnxruntime": ""}
-    if target.runtime == "openvino":
-        return wanted | {"openvino": ">=2025.0"}
+    if target.on_cpu:
+        return wanted | {name: _ON_CPU[name] for name in (target.runtime, *target.alternatives)}
     if target.runtime == "tensorrt-rtx":  # an engine runs on the version that built it, which is this machine's
         version = facts.runtimes().get("tensorrt-rtx")
         return wanted | {"tensorrt-rtx-cu13": f"=={version}" if version else "", "cuda-python": "==13.*"}

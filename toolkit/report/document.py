@@ -66,6 +66,7 @@ def _made(stages: Runner, error: ToolkitError | None) -> dict[str, Any]:
             "bytes": engine.meta["bytes"],
             "fingerprint": engine.meta["fingerprint"],
             "sha256": engine.sha256(engine.meta["file"]),
+            "runtimes": stages.runtimes,
         },
         "bench": None if bench is None else {key: bench.meta[key] for key in _BENCH} | stages.regression,
         "verdict": stages.verdict.as_json() if stages.verdict else None,

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 from toolkit import units
 from toolkit.bench.contract import interval, show
+from toolkit.report import terminal
 from toolkit.store import Artifact
 
 DETAILS, LIBRARY = "details.json", "vega.js"  # in the artifact, beside the charts
@@ -38,12 +39,20 @@ def html(document: Mapping[str, Any], report: Artifact) -> str:
     library = code_of(report.file(LIBRARY).read_text(encoding="utf-8"))
     judged = document["bench"]["scenario"]
     scenarios = sorted(document["bench"]["scenarios"].items(), key=lambda item: item[0] != judged)
-    return render("page.html.j2", run=document, charts=charts, library=library, scenarios=scenarios, **details)
+    return render(
+        "page.html.j2",
+        run=document,
+        charts=charts,
+        library=library,
+        scenarios=scenarios,
+        runtimes=terminal.runtimes(document),
+        **details,
+    )
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """Return the Markdown of a run, for a pull request."""
-    return render("page.md.j2", run=document)
+    return render("page.md.j2", run=document, runtimes=terminal.runtimes(document))
 
 
 def chart(report: Artifact, name: str, caption: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from toolkit import units
 from toolkit.bench.contract import interval, show
+from toolkit.engines import places
 
 
 def describe(stage: str, meta: Mapping[str, Any]) -> str:
@@ -159,6 +160,8 @@ def summary(document: Mapping[str, Any], picture: str = "") -> str:
         picture: Two lines from :func:`toolkit.report.sparkline.picture`; empty where nothing was measured.
     """
     lines = [f"latency   {picture.replace(chr(10), chr(10) + 10 * ' ')}"] if picture else []
+    if text := runtimes(document):
+        lines.append(f"runtime   {text}")
     if document.get("hosts"):
         lines += _fleet(document["hosts"])
     if document["fast"]:
@@ -181,6 +184,21 @@ def summary(document: Mapping[str, Any], picture: str = "") -> str:
     if document["report"]:
         lines.append(f"report    {document['report']}")
     return "\n".join(lines)
+
+
+def runtimes(document: Mapping[str, Any]) -> str:
+    """Return which runtimes were measured for a run's engine, its own first; empty where that is the only one."""
+    engine = document["engine"]
+    found = engine.get("runtimes", {}) if engine else {}  # documents from before have none
+    if len(found) < 2:
+        return ""
+    own = engine["runtime"]
+    shown = {name: f"{places.NAMES[name]} ({_median(found[name])})" for name in found}
+    return f"{shown.pop(own)}, faster here than {' and '.join(shown.values())}"
+
+
+def _median(p50: Mapping[str, Any]) -> str:
+    return "p50 not measured" if p50["value"] is None else f"p50 {show(p50['value'], 'ms')}"
 
 
 def _fleet(hosts: Sequence[Mapping[str, Any]]) -> list[str]:
