@@ -29,7 +29,7 @@ DEVICE: dict[str, Any] = {
     "bench": {"stability": {"stable": False, "findings": [FINDING]}},
     "error": None,
 }
-RUN = {"target": "host-cpu", **DEVICE}
+RUN = {"target": "host-cpu", "engine": None, **DEVICE}
 PASSED = {"verdict": {"status": "passed", "passed": True, "lines": LINES[:1]}}
 ENDED = {"verdict": None, "bench": None, "error": {"message": "no room:\n\x1b100 % full", "hint": None}}
 
