@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -9,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from toolkit.console import Console
 from toolkit.errors import StageError, ToolkitError, UsageError
 from toolkit.job import Job
 from toolkit.report import comparison, recorded, terminal, vega
+from toolkit.runs import Outcome
 from toolkit.stages import Runner
 from toolkit.store import Artifact, Store
 
@@ -76,6 +80,8 @@ def test_what_cannot_be_is_left_out_with_the_reason(tmp_path: Path, monkeypatch:
     assert [one.label for one in left_out] == ["int8 onnxruntime", "fp32 openvino", "int8 openvino"]
     assert "only noise" in str(left_out[0])
     assert "OpenVINO is not installed on this machine; hint: python3 -m pip install openvino" in str(left_out[1])
+    (open_still,), _ = lay_out(job, replace(axes, runtimes=[]), stages)
+    assert (open_still.label, open_still.job.target.alternatives) == ("fp32", ["openvino"])
     with pytest.raises(UsageError, match="t4 has a GPU"):
         runtimes_for(files.load_target("t4"))
 
@@ -133,13 +139,78 @@ def test_a_graph_is_made_once_and_none_of_a_network_that_failed(tmp_path: Path) 
     console = Console(quiet=True)
     kept = sweep._make(found, sweep._network, make, console, "export")
     assert {str(one.job.budget) for one in kept} == {"40%"}
-    assert len(sweep._make(kept, sweep._graph, make, console, "reference")) == 4
+    graph = functools.partial(sweep._graph, alike=sweep._network)
+    assert len(sweep._make(kept, graph, make, console, "reference")) == 4
     assert made == [
         ("60% fastnas", "export"),
         ("40% fastnas", "export"),
         ("40% fastnas fp32 onnxruntime", "reference"),
         ("40% fastnas int8 onnxruntime", "reference"),
     ]
+
+
+def test_networks_that_were_pruned_to_the_same_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found_of(job: Job, until: str) -> dict[tuple[str, str], Artifact]:
+        digest = "a" if str(job.budget) in ("75%", "60%") else "b"
+        return {(stage, ""): replace(Artifact.pending(stage), digest=digest) for stage in ("train", "prune")}
+
+    monkeypatch.setattr(workers, "found_of", found_of)
+    jobs = [digits(tmp_path, budget=budget) for budget in ("75%", "60%", "45%")]
+    alike = sweep._alike([Candidate("", job) for job in jobs for _ in range(2)])
+    assert [alike(job) for job in jobs] == ["75% fastnas", "75% fastnas", "45% fastnas"]
+
+
+def test_the_first_of_a_precision_says_which_runtime_the_others_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def execute(job: Job, until: str, console: Console, rerun: frozenset[str]) -> Outcome:
+        asked.append((job.target.runtime, job.target.alternatives))
+        if len(asked) == 1:
+            return Outcome({"engine": None, "bench": None}, StageError("no room"), 1)
+        medians = {"onnxruntime": {"value": 2.0}, "openvino": {"value": 1.0 if job.precision == "int8" else 3.0}}
+        runtime = job.target.runtime
+        if job.target.alternatives:
+            runtime = min(medians, key=lambda name: medians[name]["value"])
+        return Outcome({"engine": {"runtime": runtime, "runtimes": medians}}, None, 0)
+
+    monkeypatch.setattr(sweep.runs, "execute", execute)
+    found = [
+        Candidate(f"{budget} {precision}", replace(digits(tmp_path, budget=budget), precision=precision))
+        for budget in ("75%", "60%", "45%")
+        for precision in ("fp32", "int8")
+    ]
+    measured, notes = sweep._measure(found, Console(), frozenset())
+    both = ("onnxruntime", ["openvino"])
+    assert asked == [both, both, both, ("openvino", []), ("onnxruntime", []), ("openvino", [])]
+    assert [one.label for one, _ in measured] == [
+        "75% fp32", "75% int8 openvino", "60% fp32 onnxruntime", "60% int8 openvino", "45% fp32 onnxruntime",
+        "45% int8 openvino",
+    ]  # fmt: skip
+    assert [one.job.target.runtime for one, _ in measured[1:3]] == ["openvino", "onnxruntime"]
+    said = "int8 in OpenVINO (p50 1.000 ms), faster here than ONNX Runtime (p50 2.000 ms), with 75% int8"
+    assert said in notes
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("jobs", "here"), [(1, ["0"]), (2, []), (3, ["2"]), (4, [])])
+def test_a_network_that_would_be_made_alone_gets_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, here: list[str]
+) -> None:
+    made: dict[str, bool] = {}
+
+    def compress(job: Job, until: str, console: Console) -> None:
+        made[str(job.seed)] = threading.current_thread() is threading.main_thread()
+
+    monkeypatch.setattr(workers, "found_of", lambda job, until: {})
+    monkeypatch.setattr(workers, "compress", compress)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda parallel, *_: ThreadPoolExecutor(parallel))
+    with workers.processes(2, Console(quiet=True)) as make:
+        named = {str(seed): replace(digits(tmp_path), seed=seed) for seed in range(jobs)}
+        assert dict(make(named, "export")) == dict.fromkeys(named)
+    assert [name for name, alone in made.items() if alone] == here
+    assert len(made) == jobs
 
 
 def test_a_device_that_is_gone_at_the_end_costs_no_page(

@@ -30,7 +30,7 @@ class Axes:
         budgets: FLOPs budgets.
         precisions: Of the engine.
         pruners: Names of pruners.
-        runtimes: The target's own, or others that its device may have.
+        runtimes: That its device may have; none for the target's own, or the fastest of that and its alternatives.
     """
 
     budgets: Sequence[Flops]
@@ -52,6 +52,11 @@ class Candidate:
     label: str
     job: Job
     flops: float = math.inf
+
+    def using(self, runtime: RuntimeName) -> Candidate:
+        """Return it with this one of its target's runtimes."""
+        job = replace(self.job, target=self.job.target.using(runtime))
+        return replace(self, label=f"{self.label} {runtime}", job=job)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def lay_out(job: Job, axes: Axes, stages: Runner) -> tuple[list[Candidate], list
     check_of = _once(lambda job: _checked(job, stages.aside()))
     every = [set(values) for values in (axes.budgets, axes.precisions, axes.pruners, axes.runtimes)]
     for runtime, pruner, budget, precision in itertools.product(
-        dict.fromkeys(axes.runtimes),
+        dict.fromkeys(axes.runtimes) or [None],
         dict.fromkeys(axes.pruners),
         dict.fromkeys(axes.budgets),
         dict.fromkeys(axes.precisions),
@@ -105,13 +110,13 @@ def lay_out(job: Job, axes: Axes, stages: Runner) -> tuple[list[Candidate], list
         try:
             candidate = replace(
                 job,
-                target=job.target.using(runtime),
+                target=job.target if runtime is None else job.target.using(runtime),
                 profile=job.profile.model_copy(update={"pruner": pruner}),
                 budget=budget,
                 precision=precision,
             )
             engines.require_precision(candidate.target, precision)
-            _require_runtime(candidate, device_of(runtime, candidate))
+            _require_runtime(candidate, device_of(candidate.target.runtime, candidate))
             limit = math.inf
             if job.model.trainable:
                 known = check_of(pruner, candidate)

@@ -14,12 +14,13 @@ from typing import Any
 
 from toolkit import candidates, engines, networks, pipeline, runs, units, workers
 from toolkit.candidates import Axes, Candidate, LeftOut
+from toolkit.config import RuntimeName
 from toolkit.console import Console
 from toolkit.delivery import upkeep
 from toolkit.devices.agent import Agent
 from toolkit.errors import StageError, UsageError, disk_errors
 from toolkit.job import Job
-from toolkit.report import comparison, recorded, vega
+from toolkit.report import comparison, recorded, terminal, vega
 from toolkit.report.document import FORMAT as RUN_FORMAT
 from toolkit.runs import Outcome
 from toolkit.stages import Reached, Runner, silenced
@@ -96,16 +97,38 @@ def execute(
                 left_out += worse
                 for dropped in worse:
                     console.warn(str(dropped))
-            made = _make(found, _network, make, console, "export")
-            _make(made, _graph, make, console, "reference")
-    measured, brief = [], Console(quiet=console.quiet, brief=True)
+            pruned = _make(found, _network, make, console, "prune")
+            alike = _alike(pruned)
+            made = _make(pruned, alike, make, console, "export")
+            _make(made, lambda job: _graph(job, alike), make, console, "reference")
+    measured, notes = _measure(found, console, rerun)
+    return _conclude(job, measured, left_out, notes, console, commit=commit)
+
+
+def _measure(
+    found: Sequence[Candidate], console: Console, rerun: frozenset[str]
+) -> tuple[list[tuple[Candidate, dict[str, Any]]], list[str]]:
+    """Measure one candidate after the other; returns each with its document, and what is to be said of runtimes.
+
+    Where a target has alternatives, the first candidate of a precision says which runtime the others take.
+    """
+    measured, notes, brief = [], [], Console(quiet=console.quiet, brief=True)
+    fastest: dict[str, RuntimeName] = {}
     for number, candidate in enumerate(found, 1):
-        console.say(f"candidate {number} of {len(found)}: {candidate.label}")
-        outcome = runs.execute(candidate.job, "report", brief, rerun)
+        precision = candidate.job.precision
+        one = candidate.using(fastest[precision]) if precision in fastest else candidate
+        console.say(f"candidate {number} of {len(found)}: {one.label}")
+        outcome = runs.execute(one.job, "report", brief, rerun)
         if outcome.error:
-            console.warn(f"{candidate.label}: {outcome.error.message}")
-        measured.append((candidate, outcome.document))
-    return _conclude(job, measured, left_out, console, commit=commit)
+            console.warn(f"{one.label}: {outcome.error.message}")
+        elif one.job.target.alternatives:
+            if text := terminal.runtimes(outcome.document):
+                notes.append(f"{precision} in {text}, with {one.label}")
+                console.say(notes[-1])
+            fastest[precision] = outcome.document["engine"]["runtime"]
+            one = candidate.using(fastest[precision])
+        measured.append((one, outcome.document))
+    return measured, notes
 
 
 def _shortened(job: Job) -> Job:
@@ -161,9 +184,21 @@ def _network(job: Job) -> str:
     return f"{job.budget} {job.profile.pruner}"
 
 
-def _graph(job: Job) -> str:
+def _alike(pruned: Sequence[Candidate]) -> Callable[[Job], str]:
+    """Return what names a job's network after the first one that was pruned to the same; it is fine-tuned once."""
+    names: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for one in pruned:
+        if (name := _network(one.job)) not in names:
+            found = workers.found_of(one.job, "prune")
+            digest = next(artifact.digest for (stage, _), artifact in found.items() if stage == "prune")
+            names[name] = first.setdefault(digest, name)
+    return lambda job: names[_network(job)]
+
+
+def _graph(job: Job, alike: Callable[[Job], str]) -> str:
     """Return what sets the graph apart that a job's engine is built from."""
-    return f"{_network(job)} {job.precision} {engines.spelling(job.target)}"
+    return f"{alike(job)} {job.precision} {engines.spelling(job.target)}"
 
 
 def _make(
@@ -188,6 +223,7 @@ def _conclude(
     job: Job,
     measured: Sequence[tuple[Candidate, dict[str, Any]]],
     left_out: Sequence[LeftOut],
+    notes: Sequence[str],
     console: Console,
     *,
     commit: bool,
@@ -239,7 +275,7 @@ def _conclude(
             if incumbent is not None:
                 shown.append(incumbent)
             lead = f"Recommended: {recommended}, {why}" if recommended else why
-            notes = [*map(str, left_out), *_failures(told)]
+            notes = [*notes, *map(str, left_out), *_failures(told)]
             title = f"{job.model} on {job.target.name}: {len(told)} candidates"
             page = comparison.html(title, shown, notes, vega.library(store.root / ".vega"), lead)
             record["report"] = str(folder / "report.html")

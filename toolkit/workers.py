@@ -88,11 +88,14 @@ def processes(parallel: int, console: Console) -> Iterator[Make]:
                 for name, job in missing.items():
                     yield name, compress(job, until, console)
                 return
+            last = [missing.popitem()] if len(missing) % parallel == 1 else []  # alone, it gets all cores
             futures = {}
             for name, job in missing.items():
                 futures[pool.submit(compress, job, until, Console(quiet=console.quiet, about=name))] = name
             for future in as_completed(futures):
                 yield futures[future], future.result()
+            for name, job in last:
+                yield name, compress(job, until, Console(quiet=console.quiet, about=name))
 
         try:
             yield make

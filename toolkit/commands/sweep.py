@@ -36,9 +36,7 @@ def go(
         budgets,
         _words(precision, [job.precision], lambda: engines.PRECISIONS),
         _words(pruner, [job.profile.pruner], tuple),
-        _words(
-            runtime, [job.target.runtime, *job.target.alternatives], lambda: candidates.runtimes_for(job.target)
-        ),
+        _words(runtime, [], lambda: candidates.runtimes_for(job.target)),
     )
     console = Console(quiet=options["quiet"])
     rerun = frozenset(options["rerun"])
