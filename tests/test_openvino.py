@@ -29,6 +29,7 @@ from toolkit.devices.local import LocalDevice
 from toolkit.engines import places
 from toolkit.errors import StageError
 from toolkit.job import Job
+from toolkit.report import terminal
 from toolkit.report.document import SCHEMA
 from toolkit.stages import Runner
 from toolkit.store import Store
@@ -307,6 +308,23 @@ def test_an_engine_that_breaks_the_contract_is_no_faster_one(
     runtime, stages = chosen(tmp_path, monkeypatch, medians, statuses)
     assert runtime == taken
     assert stages.runtimes == {"onnxruntime": {"value": medians[0]}, "openvino": {"value": medians[1]}}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "medians", "said"),
+    [
+        ("openvino", {"onnxruntime": 2.0, "openvino": 1.0},
+         "OpenVINO (p50 1.000 ms), faster here than ONNX Runtime (p50 2.000 ms)"),
+        ("onnxruntime", {"onnxruntime": 2.0, "openvino": 1.0},
+         "ONNX Runtime (p50 2.000 ms), since the contract is broken by OpenVINO (p50 1.000 ms)"),
+        ("openvino", {"onnxruntime": None, "openvino": 1.0},
+         "OpenVINO (p50 1.000 ms), faster here than ONNX Runtime (p50 not measured)"),
+        ("openvino", {"openvino": 1.0}, ""),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_runtimes(runtime: str, medians: dict[str, float | None], said: str) -> None:
+    engine = {"runtime": runtime, "runtimes": {name: {"value": value} for name, value in medians.items()}}
+    assert terminal.runtimes({"engine": engine}) == said
 
 
 @pytest.mark.parametrize(

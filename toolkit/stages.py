@@ -73,7 +73,7 @@ class Runner:
         fast: Whether this is a fast run.
         done: What became of each stage so far.
         artifacts: The artifacts so far, by stage.
-        runtimes: The p50 of each runtime that was measured, as ``bench`` has it; the engine's is the fastest.
+        runtimes: The p50 of each runtime that was measured, as ``bench`` has it; the engine's is one of them.
         leases: Devices that are held until it is closed.
         draws: Whether the report's pictures are drawn; not for each host of a fleet.
     """

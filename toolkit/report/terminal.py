@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -193,12 +194,13 @@ def runtimes(document: Mapping[str, Any]) -> str:
     if len(found) < 2:
         return ""
     own = engine["runtime"]
-    shown = {name: f"{places.NAMES[name]} ({_median(found[name])})" for name in found}
-    return f"{shown.pop(own)}, faster here than {' and '.join(shown.values())}"
-
-
-def _median(p50: Mapping[str, Any]) -> str:
-    return "p50 not measured" if p50["value"] is None else f"p50 {show(p50['value'], 'ms')}"
+    medians = {name: p50["value"] or math.inf for name, p50 in found.items()}
+    told = {
+        name: f"{places.NAMES[name]} (p50 {'not measured' if median == math.inf else show(median, 'ms')})"
+        for name, median in medians.items()
+    }
+    why = "faster here than" if medians[own] == min(medians.values()) else "since the contract is broken by"
+    return f"{told.pop(own)}, {why} {' and '.join(told.values())}"
 
 
 def _fleet(hosts: Sequence[Mapping[str, Any]]) -> list[str]:
