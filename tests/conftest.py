@@ -7,8 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from tests import warm
 from toolkit import files
 from toolkit.job import Job
 from toolkit.workload import Data, Model
@@ -25,6 +25,7 @@ TARGET = "description: a small job\nprofile: tiny\nruntime: onnxruntime\n"
 PROFILE = """\
 flops: 80%
 channel_divisor: 16
+input_size: 16
 recipe: {epochs: 3, finetune_epochs: 2, batch: 32, lr: 0.1, train_images: 320, search_images: 64,
          flip: false, crop: 2}
 benchmark: {warmup: 20 ms, duration: 100 ms, queries: 800, rounds: 1, batches: [1, 4]}
@@ -51,17 +52,11 @@ def write_job(folder: Path, profile: str = PROFILE, target: str = TARGET) -> Pat
     return folder
 
 
-def run_toolkit(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a folder."""
-    return subprocess.run(
-        [sys.executable, "-m", "toolkit", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=options.pop("timeout", 400),
-        env=os.environ | options.pop("env", {}),
-        **options,
-    )
+def run_toolkit(
+    folder: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 400
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a folder, with changes of the environment."""
+    return warm.run(folder, arguments, os.environ | (env or {}), timeout)
 
 
 def job_of(build: Path, data: str = "digits", **changes: Any) -> Job:

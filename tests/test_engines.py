@@ -117,9 +117,9 @@ def build(graph: Path, asked: Order, folder: Path) -> dict[str, Any]:
     ],
 )
 def test_a_pruned_resnet20(pruned: Path, tmp_path: Path, precision: Precision, capabilities: list[str]) -> None:
-    graph = spelled(pruned, precision, tmp_path, 32)
+    graph = spelled(pruned, precision, tmp_path, 16)
     assert set(graphs.precisions(graph).values()) == {precision}
-    built = build(graph, order(precision, 32, *capabilities), tmp_path)
+    built = build(graph, order(precision, 16, *capabilities), tmp_path)
     plan = (tmp_path / "out" / "model.engine").read_bytes()
     assert len(plan) == built["bytes"] > 100_000
     assert built["fingerprint"]["compute_capability"] == capabilities

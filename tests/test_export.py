@@ -33,11 +33,11 @@ def test_the_graph_takes_bytes_of_any_batch(finished: Finished) -> None:
     assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     shape = image.type.tensor_type.shape.dim
     assert shape[0].dim_param == "batch"
-    assert [d.dim_value for d in shape[1:]] == [3, 32, 32]
+    assert [d.dim_value for d in shape[1:]] == [3, 16, 16]
     assert graph.opset_import[0].version == 17
     content = exported.file("model.onnx").read_bytes()
     for batch in (1, 5):
-        (logits,) = export.run_onnx(content, np.zeros((batch, 3, 32, 32), np.uint8))
+        (logits,) = export.run_onnx(content, np.zeros((batch, 3, 16, 16), np.uint8))
         assert logits.shape == (batch, 10)
 
 
@@ -46,7 +46,7 @@ def test_the_metadata_say_what_it_is(finished: Finished) -> None:
     properties = {entry.key: entry.value for entry in graph.metadata_props}
     final = finished[1]["model"]["final"]
     assert json.loads(properties["classes"]) == [str(n) for n in range(10)]
-    assert properties["input_size"] == "32"
+    assert properties["input_size"] == "16"
     assert int(properties["flops"]) == final["flops"]
     assert int(properties["params"]) == final["params"]
     assert float(properties["accuracy"]) == pytest.approx(final["accuracy"], abs=1e-6)

@@ -269,7 +269,7 @@ def test_the_three_lines_of_a_program(root: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     names = [str(number) for number in range(10)]
     current = (root / "current").resolve().name
-    assert json.loads(result.stdout) == [names, current, [3, 32, 32], "float32", [70, 10]]
+    assert json.loads(result.stdout) == [names, current, [3, 16, 16], "float32", [70, 10]]
 
 
 def test_a_reload_needs_nothing_of_the_archive_that_the_program_began_with(root: Path, tmp_path: Path) -> None:
@@ -339,10 +339,10 @@ def test_wrong_images_are_said(root: Path) -> None:
     with contextlib.closing(Model(str(root / "current"), reload=False)) as opened:
         for wrong in (
             np.zeros((1, 3, 8, 8), np.uint8),
-            np.zeros((1, 3, 32, 32)),
-            np.zeros((0, 3, 32, 32), np.uint8),
+            np.zeros((1, 3, 16, 16)),
+            np.zeros((0, 3, 16, 16), np.uint8),
         ):
-            with pytest.raises(ValueError, match=r"takes uint8 images \(N, 3, 32, 32\), not"):
+            with pytest.raises(ValueError, match=r"takes uint8 images \(N, 3, 16, 16\), not"):
                 opened(wrong)
 
 

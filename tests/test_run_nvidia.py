@@ -75,7 +75,7 @@ def test_from_training_to_a_committed_release(server: Run, finished_copy: Path, 
     assert list((finished_copy / "build" / "store" / ".timing").glob("*.timing.cache"))
     page = (finished_copy / run["report"]).read_text()
     assert "TensorRT 10.3.0.30" in page
-    np.save(finished_copy / "image.npy", np.zeros((3, 32, 32), np.uint8))
+    np.save(finished_copy / "image.npy", np.zeros((3, 16, 16), np.uint8))
     predicted = server("predict", "image.npy", parts=("tensorrt_api", library))
     assert predicted.returncode == 0, predicted.stderr
     assert len(predicted.stdout.split(",")) == 5
@@ -121,7 +121,7 @@ def test_the_health_check_runs_a_plan_with_trtexec_where_python_cannot(server: R
     result = server("rollback", "--to", current, parts=("cuda_python",))
     assert result.returncode == 0, result.stderr
     assert (root / "current").resolve().name == current
-    np.save(finished_copy / "image.npy", np.zeros((3, 32, 32), np.uint8))
+    np.save(finished_copy / "image.npy", np.zeros((3, 16, 16), np.uint8))
     result = server("predict", "image.npy", parts=("cuda_python",))
     assert result.returncode == 1
     assert "TensorRT cannot be imported by this Python" in result.stderr

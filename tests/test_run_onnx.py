@@ -53,7 +53,7 @@ def test_a_network_as_pytorch_exports_it_needs_its_normalisation(finished: Finis
 
     tuned = models.restore(Model.parse("resnet20"), 10, artifact(finished, "finetune") / "model.pth").eval()
     torch.onnx.export(
-        tuned, (torch.zeros(1, 3, 32, 32),), str(finished_copy / "net.onnx"), opset_version=17, dynamo=False
+        tuned, (torch.zeros(1, 3, 16, 16),), str(finished_copy / "net.onnx"), opset_version=17, dynamo=False
     )
     refused = run_toolkit(finished_copy, "run", "tiny", "--model", "onnx:net.onnx")
     assert refused.returncode == 2
