@@ -81,6 +81,7 @@ class Recipe(Strict):
     epochs: int = Field(default=120, ge=0)
     finetune_epochs: int = Field(default=120, ge=0)
     batch: int = Field(default=128, ge=2)
+    optimizer: Literal["muon", "sgd"] = "muon"
     lr: float = Field(default=0.2, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
@@ -131,7 +132,7 @@ class Fast(Strict):
 
 
 class Transfer(Strict):
-    """What ``--weights`` does to a recipe, since it begins with a trained network: upper limits."""
+    """What ``--weights`` does to a recipe, since it begins with a trained network: upper limits; and SGD."""
 
     epochs: int = Field(default=30, ge=0)
     lr: float = Field(default=0.02, gt=0)
@@ -210,6 +211,7 @@ class Profile(Strict):
         if transfer:
             for key, limit in self.transfer.model_dump().items():
                 recipe[key] = min(limit, recipe[key])
+            recipe["optimizer"] = "sgd"  # Muon's gain is in getting far
         if fast:
             for key, limit in self.fast.model_dump(exclude={"weight_decay"}).items():
                 recipe[key] = limit if recipe[key] is None else min(limit, recipe[key])

@@ -33,12 +33,13 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
+        self.hidden = nn.Conv2d(8, 8, 3)
         self.norm = nn.GroupNorm(2, 8)
         self.fc = nn.Linear(8, 2)
         self.spare = nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+        out: Tensor = self.fc(torch.relu(self.norm(self.hidden(self.conv(x)))).mean((2, 3)))
         return out
 
 

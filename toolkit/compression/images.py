@@ -38,6 +38,11 @@ class Hardware:
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return cls(torch.device("cpu"), bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it multiplies matrices in fastest."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in bf16 where the hardware has it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -52,7 +52,7 @@ def train(
             hardware.place(_KeepsStatistics(network)),
             Images(datasets.load(data, "train"), data.meta, hardware),
             Images(datasets.load(data, "val").first(recipe.val_images), data.meta, hardware),
-            recipe=recipe,
+            recipe=recipe.model_copy(update={"optimizer": "sgd"}),  # whose rate the hundredth is of
             epochs=recipe.qat_epochs,
             base_lr=_RATE * recipe.lr,
             seed=seed,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from toolkit.compression import compiling, distributed, flops, models
 from toolkit.compression import data as datasets
 from toolkit.compression.images import Hardware, Images, accuracy, predict
+from toolkit.compression.optimizers import Optimizer
 from toolkit.compression.steps import Backward, Loss
 from toolkit.config import Recipe
 from toolkit.errors import StageError
@@ -136,7 +137,7 @@ def fit(
         network: On ``hardware`` already.
         train: Training images.
         val: Validation images.
-        recipe: Batch, momentum, weight decay, warm-up, augmentation, gradient checkpointing.
+        recipe: Batch, optimizer, momentum, weight decay, warm-up, augmentation, gradient checkpointing.
         epochs: Passes over ``train``.
         base_lr: Learning rate for a batch of 128.
         seed: Of shuffling, augmentation and dropout.
@@ -154,14 +155,7 @@ def fit(
     """
     steps_per_epoch = math.ceil(recipe.images_per_epoch(len(train)) / recipe.batch)
     total = max(1, epochs * steps_per_epoch)
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=base_lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
-    )
+    optimizer = Optimizer(network, recipe, hardware.dtype, train.size)
     checkpoint = work.resume / "checkpoint.pt"
     fitted = Fitted()
     history = fitted.history
@@ -201,11 +195,8 @@ def fit(
         size = recipe.small_side(train.size) if epoch < small else train.size
         losses: list[Tensor] = []  # on the device: nothing waits for them before the epoch is over
         for step, (inputs, labels) in enumerate(train.augmented(recipe, generator, size)):
-            rate = learning_rate(epoch * steps_per_epoch + step, total, recipe, base_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             losses.append(backward(inputs, labels))
-            optimizer.step()
+            optimizer.step(learning_rate(epoch * steps_per_epoch + step, total, recipe, base_lr))
         mean = _mean(distributed.mean(torch.stack(losses)), epoch, recipe, checkpoint)
         with hardware.autocast():
             score = distributed.first(lambda: accuracy(predict(network, val), val))
@@ -225,7 +216,7 @@ def fit(
         work.progress(epoch + 1, epochs, f"loss {mean:.3f}, validation {score:.2%}")
     if best["state"] is not None:
         network.load_state_dict(best["state"])
-    fitted.notes = backward.notes
+    fitted.notes = optimizer.notes + backward.notes
     return fitted
 
 
