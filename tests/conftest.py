@@ -26,7 +26,7 @@ PROFILE = """\
 flops: 80%
 channel_divisor: 16
 input_size: 16
-recipe: {epochs: 3, finetune_epochs: 2, batch: 32, lr: 0.1, train_images: 320, search_images: 64,
+recipe: {epochs: 3, finetune_epochs: 2, batch: 32, optimizer: sgd, lr: 0.1, train_images: 320, search_images: 64,
          flip: false, crop: 2}
 benchmark: {warmup: 20 ms, duration: 100 ms, queries: 800, rounds: 1, batches: [1, 4]}
 contract: {latency_p99: 1 s, max_accuracy_drop: 100 %, engine_size: 50 MB}
