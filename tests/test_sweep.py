@@ -49,7 +49,11 @@ def one(label: str, ms: float | None, accuracy: float | None, verdict: str = "pa
     ("measured", "chosen", "says"),
     [
         ([one("a", 1.0, 0.9), one("b", 0.5, 0.8)], "b", "the fastest of 2 that keep the contract"),
-        ([one("a", 1.0, 0.9), one("b", 0.5, 0.8)], "b", "a is 10.00% more accurate and 100% slower"),
+        ([one("a", 1.0, 0.9), one("b", 0.5, 0.8)], "b", "a is 10.00 points more accurate and 100% slower"),
+        # of two that are as accurate, the faster one, and rather than an image more at twice the time
+        ([one("a", 2.0, 0.9), one("b", 0.5, 0.8), one("c", 1.0, 0.9)], "b", "c is 10.00 points more accurate"),
+        ([one("a", 2.0, 0.9), one("b", 0.5, 0.8), one("c", 1.0, 0.898)], "b", "c is 9.80 points more accurate"),
+        ([one("a", 2.0, 0.9), one("b", 0.5, 0.8), one("c", 0.6, 0.801)], "b", "a is 10.00 points more accurate"),
         ([one("a", 1.0, 0.9), one("b", 0.5, 0.8, "failed")], "a", "the only candidate that keeps the contract"),
         ([one("a", 1.0, 0.9), one("b", 0.985, 0.8)], "a", "not significantly slower"),
         ([one("a", 1.0, 0.9), one("b", 0.98, 0.9)], "b", "the fastest of 2"),
