@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from toolkit import export
+from toolkit import export, graphs
 from toolkit.compression import data as datasets
 from toolkit.compression import models
 from toolkit.compression.quantization import quantize
@@ -121,6 +121,15 @@ def test_int8_for_tensorrt_is_symmetric_with_float_biases(finished: Finished, tm
             assert value.data_type == onnx.TensorProto.INT8, "no int32 bias is dequantised"
             assert not onnx.numpy_helper.to_array(value).any(), "every zero point is zero"
     assert agreement(finished, quantized) > 0.9
+
+
+@pytest.mark.parametrize(("said", "threads"), [("1", 1), ("3,2", 3), ("", 0), ("all", 0)])
+def test_a_graph_on_the_host_takes_the_threads_of_its_process(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, said: str, threads: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    session = graphs.session(artifact(finished, "export").file("model.onnx").read_bytes())
+    assert session.get_session_options().intra_op_num_threads == threads
 
 
 def test_fp16_is_a_cast_of_the_whole_graph(finished: Finished, tmp_path: Path) -> None:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from toolkit.store import Progress
 
+if TYPE_CHECKING:
+    import onnxruntime
+
 INPUT, OUTPUT = "images", "logits"
 ABSOLUTE, RELATIVE = 1e-3, 1e-3  # fp32 in another order of operations; measured differences are near 1e-5
 
 Array = NDArray[Any]
+
+
+def session(model: bytes) -> onnxruntime.InferenceSession:
+    """Load a serialised model on the CPU, without graph optimisations.
+
+    With as many threads as ``OMP_NUM_THREADS`` says, which ONNX Runtime does not read: those of several processes
+    would wait actively, each on every core.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4  # whatever is wrong is in the exception
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0  # 0: one a core
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def run_onnx(
@@ -27,17 +47,12 @@ def run_onnx(
         batch: Images a call; N need not be a multiple of it.
         progress: Told how far it is.
     """
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # whatever is wrong is in the exception
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    loaded = session(model)
+    name = loaded.get_inputs()[0].name
     parts = []
     for start in range(0, len(images), batch):
         progress(start, len(images), "ONNX Runtime")
-        parts.append(session.run(None, {name: images[start : start + batch]}))
+        parts.append(loaded.run(None, {name: images[start : start + batch]}))
     return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from toolkit import graphs
 from toolkit.store import Progress
 
 Ranges = dict[str, tuple[float, float]]
@@ -53,17 +54,12 @@ def calibrate(
         By method: ``minmax`` has the smallest and the largest value seen, ``mse`` the part of that range in which
         256 levels have the least squared error, clipping included, on a random sample of the values.
     """
-    import onnxruntime as ort
-
     watched = _watched(model)
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
     del shown.graph.output[:]
     shown.graph.output.extend(watched)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # whatever is wrong is in the exception
-    session = ort.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = graphs.session(shown.SerializeToString())
     names = [value.name for value in watched]
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     samples: list[list[NDArray[np.float32]]] = [[] for _ in names]
